@@ -1,0 +1,45 @@
+"""NVFP4 mixture-of-experts checkpoints on GPUs without FP4 tensor cores.
+
+    from moe_nvfp4 import MoERunner, SamplingParams
+
+Names are imported on first use, so that `moe_nvfp4.kernels.x` stays a leaf import.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_nvfp4.checkpoint import Checkpoint
+    from moe_nvfp4.errors import CheckpointError, MemoryPlanError, MoeNvfp4Error, RequestError
+    from moe_nvfp4.expert_buffers import ExpertBuffers
+    from moe_nvfp4.runner import MoERunner
+    from moe_nvfp4.sampling import SamplingParams
+
+__version__ = "0.1.0"
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "ExpertBuffers",
+    "MemoryPlanError",
+    "MoERunner",
+    "MoeNvfp4Error",
+    "RequestError",
+    "SamplingParams",
+]
+
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "CheckpointError": "errors",
+    "ExpertBuffers": "expert_buffers",
+    "MemoryPlanError": "errors",
+    "MoERunner": "runner",
+    "MoeNvfp4Error": "errors",
+    "RequestError": "errors",
+    "SamplingParams": "sampling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
