@@ -138,9 +138,7 @@ def encode_e2m1(x: Tensor) -> Tensor:
     return codes
 
 
-def dequantize(
-    q: NVFP4Tensor, dtype: torch.dtype = torch.float32, *, divisor: Tensor | None = None
-) -> Tensor:
+def dequantize(q: NVFP4Tensor, dtype: torch.dtype = torch.float32, *, divisor: Tensor | None = None) -> Tensor:
     """The weight [..., N, K], computed in float32, with little scratch beside the result.
 
     code * block scale has six significant bits and is exact, so multiplying by the global scale last rounds
@@ -269,9 +267,7 @@ def _check_parts(q: NVFP4Tensor) -> None:
     _expect_dtype("codes", q.codes, torch.uint8)
     _expect_dtype("block_scales", q.block_scales, torch.uint8)
     if q.codes.ndim < 2 or q.codes.shape[-1] == 0 or q.codes.shape[-1] % (BLOCK // 2):
-        raise ValueError(
-            f"codes have shape {list(q.codes.shape)}; they must be [..., N, K/2], K a multiple of 16"
-        )
+        raise ValueError(f"codes have shape {list(q.codes.shape)}; they must be [..., N, K/2], K a multiple of 16")
     shape = q.shape
     expected = torch.Size((*shape[:-1], shape[-1] // BLOCK))
     if q.block_scales.shape != expected:

@@ -97,9 +97,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
-            "max_new_tokens": _integer(
-                "max_new_tokens", self.max_new_tokens, 1, INT64_MAX, "an integer >= 1"
-            ),
+            "max_new_tokens": _integer("max_new_tokens", self.max_new_tokens, 1, INT64_MAX, "an integer >= 1"),
             "temperature": _number(
                 "temperature", self.temperature, 0.0, math.inf, "a finite number >= 0 (0 is greedy)"
             ),

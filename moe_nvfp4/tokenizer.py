@@ -43,9 +43,7 @@ class Tokenizer:
         from transformers import AutoTokenizer  # seconds to import, and token ids need none of it
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
-            )
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a damaged file can raise anything, in Rust as in Python
             name, reason = _diagnose(folder, vocabulary, error)
             raise CheckpointError(

@@ -71,9 +71,7 @@ def check(tokenizer: Decoder, ids: list[int], stop: tuple[str, ...] = ()) -> Inc
 
 
 TEXT = st.text(st.sampled_from("ab \n\u00e9\u20ac\U0001f600\u0301"), max_size=12)
-STOPS = st.lists(
-    st.text(st.sampled_from("ab\u00e9\u20ac\U0001f600"), min_size=1, max_size=4), max_size=4
-).map(tuple)
+STOPS = st.lists(st.text(st.sampled_from("ab\u00e9\u20ac\U0001f600"), min_size=1, max_size=4), max_size=4).map(tuple)
 
 
 @given(st.text(max_size=40), st.lists(st.text(min_size=1, max_size=3), max_size=3).map(tuple))
@@ -138,9 +136,7 @@ def test_broken_byte_fallback_loses_no_letters(tokens: list[str | int]) -> None:
     tokenizer = ByteFallback(["x", *tokens])
     detokenizer = IncrementalDetokenizer(tokenizer)
     shown = "".join(detokenizer.push(token_id) for token_id in range(len(tokens) + 1)) + detokenizer.finish()
-    assert [c for c in shown if c in "xa"] == [
-        c for c in tokenizer.decode(list(range(len(tokens) + 1))) if c in "xa"
-    ]
+    assert [c for c in shown if c in "xa"] == [c for c in tokenizer.decode(list(range(len(tokens) + 1))) if c in "xa"]
 
 
 @given(

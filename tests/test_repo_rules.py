@@ -105,9 +105,7 @@ def test_one_import_name() -> None:
     for path in [path for _, path in code_files()] + source_files("tests"):
         for node, level, name in imports(path):
             if level >= 2:
-                problems.append(
-                    f"{where(path, node)}: write moe_nvfp4.x instead of a relative import of a parent"
-                )
+                problems.append(f"{where(path, node)}: write moe_nvfp4.x instead of a relative import of a parent")
             elif level == 0 and name.split(".")[0] in LINKED:
                 problems.append(f"{where(path, node)}: write {PACKAGE}.{name}; two names are two modules")
     check(problems)
@@ -159,9 +157,7 @@ def test_comments_hold_no_open_tasks() -> None:
         for path in source_files(folder):
             readline = io.StringIO(path.read_text(encoding="utf-8")).readline
             for token in tokenize.generate_tokens(readline):
-                if token.type == tokenize.COMMENT and any(
-                    w in token.string for w in ("TODO", "FIXME", "XXX")
-                ):
+                if token.type == tokenize.COMMENT and any(w in token.string for w in ("TODO", "FIXME", "XXX")):
                     problems.append(f"{path.relative_to(ROOT)}:{token.start[0]}: {token.string}")
     check(problems)
 
@@ -179,11 +175,7 @@ def test_checkpoints_cannot_run_code() -> None:
             elif isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
                 if not (isinstance(node.value, ast.Constant) and node.value.value is False):
                     problems.append(f"{where(path, node.value)}: trust_remote_code must be False")
-            elif (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Name)
-                and node.func.id in {"eval", "exec"}
-            ):
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec"}:
                 problems.append(f"{where(path, node)}: {node.func.id}()")
     check(problems)
 
@@ -224,11 +216,7 @@ def test_gpu_tests_are_marked() -> None:
     for path in source_files("tests"):
         tree = parse(path)
         for scope in [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]:
-            marks = [
-                s
-                for s in scope.body
-                if isinstance(s, ast.Assign) and "pytestmark" in ast.unparse(s.targets[0])
-            ]
+            marks = [s for s in scope.body if isinstance(s, ast.Assign) and "pytestmark" in ast.unparse(s.targets[0])]
             marks += getattr(scope, "decorator_list", [])
             if any(gpu_marked(mark) for mark in marks):
                 continue
@@ -236,7 +224,5 @@ def test_gpu_tests_are_marked() -> None:
                 if isinstance(test, ast.FunctionDef) and test.name.startswith("test_"):
                     call = uses_cuda(test)
                     if call is not None and not any(gpu_marked(mark) for mark in test.decorator_list):
-                        problems.append(
-                            f"{where(path, call)}: {test.name} needs pytest.mark.gpu or multi_gpu(n)"
-                        )
+                        problems.append(f"{where(path, call)}: {test.name} needs pytest.mark.gpu or multi_gpu(n)")
     check(problems)

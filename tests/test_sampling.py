@@ -54,9 +54,7 @@ def test_normalised() -> None:
     }
     params = SamplingParams(**fields)
     assert params == SamplingParams(stop=("end",), stop_token_ids=(3,), temperature=1.0, n=2)
-    assert (
-        type(params.temperature) is float and type(params.n) is int and type(params.stop_token_ids[0]) is int
-    )
+    assert type(params.temperature) is float and type(params.n) is int and type(params.stop_token_ids[0]) is int
     hash(params)
     lists: dict[str, Any] = {"stop": ["a", "b"]}
     assert SamplingParams(**lists).stop == ("a", "b")
@@ -140,9 +138,7 @@ def test_order_of_filters() -> None:
 
 def test_filters_that_keep_everything_change_nothing() -> None:
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
-    assert (
-        draw(logits, 50) == draw(logits, 50, top_k=50) == draw(logits, 50, top_p=1 - 1e-16 * 2, min_p=1e-300)
-    )
+    assert draw(logits, 50) == draw(logits, 50, top_k=50) == draw(logits, 50, top_p=1 - 1e-16 * 2, min_p=1e-300)
 
 
 @given(

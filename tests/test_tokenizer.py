@@ -37,10 +37,7 @@ def test_demo_files() -> None:
     assert DEMO_TOKENIZER.eos_token_id == 1023
     assert DEMO_TOKENIZER.encode("<|endoftext|><|im_start|><|im_end|>") == [1021, 1022, 1023]
     assert DEMO_TOKENIZER.decode([1021, 1022, 1023]) == ""
-    assert (
-        DEMO_TOKENIZER.decode([1021, 1022, 1023], skip_special_tokens=False)
-        == "<|endoftext|><|im_start|><|im_end|>"
-    )
+    assert DEMO_TOKENIZER.decode([1021, 1022, 1023], skip_special_tokens=False) == "<|endoftext|><|im_start|><|im_end|>"
     assert len(DEMO_TOKENIZER.encode("the function returns the number of tokens")) < 20
 
 
@@ -80,9 +77,7 @@ def test_chat() -> None:
     ids = DEMO_TOKENIZER.encode_chat(messages)
     assert all(type(token_id) is int for token_id in ids)
     assert chat_text(messages) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n"
-        "<|im_start|>user\nh\u00e9llo<|im_end|>\n"
-        "<|im_start|>assistant\n"
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nh\u00e9llo<|im_end|>\n<|im_start|>assistant\n"
     )
 
 

@@ -156,10 +156,7 @@ def test_dequantize_is_the_formula() -> None:
     codes, scales = nvfp4.unpack(q.codes).tolist(), q.block_scales.tolist()
     lut = E2M1 + [-v for v in E2M1]
     expected = [
-        [
-            [np.float32(lut[codes[e][n][k]] * E4M3[scales[e][n][k // 16]]) * g for k in range(48)]
-            for n in range(3)
-        ]
+        [[np.float32(lut[codes[e][n][k]] * E4M3[scales[e][n][k // 16]]) * g for k in range(48)] for n in range(3)]
         for e, g in enumerate(q.global_scale.numpy())
     ]
     assert same_bits(q.dequantize(), torch.tensor(np.array(expected)))
@@ -184,9 +181,7 @@ def test_dequantize_works_in_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> 
         assert same_bits(q.dequantize(), whole)
     q = random_quantised(4, 256, 64)
     with LargestTensor() as scratch:
-        dequantize(
-            q._replace(codes=q.codes[:1], block_scales=q.block_scales[:1], global_scale=q.global_scale[:1])
-        )
+        dequantize(q._replace(codes=q.codes[:1], block_scales=q.block_scales[:1], global_scale=q.global_scale[:1]))
     assert scratch.nbytes <= 256 * 64 * 4  # the result
 
 
@@ -278,9 +273,7 @@ def test_shared_global_scale() -> None:
 
 def test_compressed_tensors_divisor_falls_back_to_one() -> None:
     amax = torch.tensor([0.0, 1e-40, math.nan, 2688.0, 6.0])
-    torch.testing.assert_close(
-        nvfp4.global_scale_compressed_tensors(amax), torch.tensor([1.0, 1.0, 1.0, 1.0, 448.0])
-    )
+    torch.testing.assert_close(nvfp4.global_scale_compressed_tensors(amax), torch.tensor([1.0, 1.0, 1.0, 1.0, 448.0]))
 
 
 floats = st.floats(min_value=-(2.0**100), max_value=2.0**100, width=32)
@@ -310,9 +303,7 @@ def test_quantising_again_changes_nothing(weight: Tensor, rule: nvfp4.Rule) -> N
     if not 2.0**-100 < first.global_scale <= 2.0**100:
         return
     second = quantize(first.dequantize(), global_scale=shared, rule=rule)
-    normal = (first.block_scales >= 8)[
-        ..., None
-    ]  # a subnormal scale may be off by a third and saturate codes
+    normal = (first.block_scales >= 8)[..., None]  # a subnormal scale may be off by a third and saturate codes
     zero = first.dequantize().reshape(2, 2, 16).abs().amax(-1) == 0  # its scale is the rule's placeholder
     values, again = (nvfp4.decode_e2m1(nvfp4.unpack(q.codes)).reshape(2, 2, 16) for q in (first, second))
     assert torch.equal(values * normal, again * normal)  # as numbers: a code for -0.0 comes back as 0.0
@@ -326,9 +317,7 @@ def test_tolerances_fit_their_formats(rule: nvfp4.Rule) -> None:
     errors = {
         "bfloat16": nvfp4.relative_error(weight.bfloat16(), weight),
         "fp8": nvfp4.relative_error(
-            FP8Tensor(
-                nvfp4.encode_e4m3(weight / weight.abs().max() * 448), weight.abs().max() / 448
-            ).dequantize(),
+            FP8Tensor(nvfp4.encode_e4m3(weight / weight.abs().max() * 448), weight.abs().max() / 448).dequantize(),
             weight,
         ),
         "nvfp4": nvfp4.relative_error(quantize(weight, rule=rule).dequantize(), weight),
