@@ -1,59 +1,80 @@
 """Routed experts: from rows and their experts to the weighted sum of the experts' outputs.
 
-    y[t] = sum_k weights[t, k] * down_e(act(gate_e(x[t])) * up_e(x[t])),  e = expert_ids[t, k]
+    y[t] = sum_k weights[t, k] * down_e(act(gate_e x[t], up_e x[t])),  e = expert_ids[t, k]
 
-Without a gate projection: down_e(act(up_e(x[t]))). Letters: T rows, K experts of a row, H hidden, E experts.
+The one place that chooses a kernel. Letters: T rows, K experts of a row, H hidden, E experts.
 """
 
-from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch.nn import functional as F
 
+from moe_nvfp4.kernels.activation import activate
+from moe_nvfp4.kernels.few_rows import routed_experts_pairs
+from moe_nvfp4.kernels.fragments import FragmentTensor, from_fragments
+from moe_nvfp4.kernels.grouped_rows import routed_experts_grouped
 from moe_nvfp4.kernels.nvfp4 import NVFP4Tensor
+from moe_nvfp4.kernels.sort_pairs import sort_pairs, sort_pairs_twin
 
-Activation = Literal["silu", "gelu_tanh", "relu2"]
+ExpertWeight = NVFP4Tensor | FragmentTensor
 
-ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu2": lambda x: F.relu(x).square(),
-}
+# One H200, layers of Qwen3.6 and Gemma-4: a program for each pair wins up to four rows (24 us against 26, 42 against
+# 45), grouping from six on, where rows begin to share experts.
+MOST_ROWS_BY_PAIRS = 4
 
 
 def routed_experts(
     x_TH: torch.Tensor,
-    gate: NVFP4Tensor | None,
-    up: NVFP4Tensor,
-    down: NVFP4Tensor,
+    gate: ExpertWeight | None,
+    up: ExpertWeight,
+    down: ExpertWeight,
     expert_ids_TK: torch.Tensor,
     weights_TK: torch.Tensor,
-    order_S: torch.Tensor,
-    offsets: torch.Tensor,
-    activation: Activation = "silu",
+    activation: str = "silu",
 ) -> torch.Tensor:
-    """The torch twin. `order_S` and `offsets` group the pairs of (row, k) by expert; other pairs count zero.
+    """Ids of -1 are left out. Tensor-core kernels take fragments and bfloat16 on a GPU; else it is the twin."""
+    fast = x_TH.is_cuda and x_TH.dtype == torch.bfloat16 and x_TH.shape[0] > 0
+    if not (fast and isinstance(up, FragmentTensor) and isinstance(down, FragmentTensor)):
+        return routed_experts_twin(x_TH, gate, up, down, expert_ids_TK, weights_TK, activation)
+    assert gate is None or isinstance(gate, FragmentTensor)
+    ids = expert_ids_TK.int()
+    if x_TH.shape[0] <= MOST_ROWS_BY_PAIRS:
+        return routed_experts_pairs(x_TH, gate, up, down, ids, weights_TK, activation)
+    pairs = sort_pairs(ids, up.words.shape[0])
+    return routed_experts_grouped(x_TH, gate, up, down, ids, weights_TK, pairs, activation)
 
-    All arithmetic is float32, whatever the dtype of x, and the output has the dtype of x. A row's result does
-    not depend on the other rows, but for rounding where the matrix library picks another kernel for their number.
+
+def routed_experts_twin(
+    x_TH: torch.Tensor,
+    gate: ExpertWeight | None,
+    up: ExpertWeight,
+    down: ExpertWeight,
+    expert_ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    activation: str = "silu",
+) -> torch.Tensor:
+    """All arithmetic is float32, whatever the dtype of x, and the output has the dtype of x.
+
+    A row's result does not depend on the other rows, but for rounding where the matrix library picks another kernel
+    for their number.
     """
-    num_choices = expert_ids_TK.shape[1]
-    act = ACTIVATIONS[activation]
-    pairs = torch.zeros(x_TH.shape[0] * num_choices, x_TH.shape[1], dtype=torch.float32, device=x_TH.device)
-    bounds = offsets.tolist()
-    for expert, (begin, end) in enumerate(pairwise(bounds)):
+    top, experts = expert_ids_TK.shape[1], up.global_scale.shape[0]
+    shares = torch.zeros(x_TH.shape[0] * top, x_TH.shape[1], dtype=torch.float32, device=x_TH.device)
+    order, offsets, _ = sort_pairs_twin(expert_ids_TK.int(), experts)
+    for expert, (begin, end) in enumerate(pairwise(offsets.tolist())):
         if begin == end:
             continue
-        index_S = order_S[begin:end]
-        rows = x_TH[index_S // num_choices].float()
-        inner = F.linear(rows, _expert(up, expert))
-        inner = act(inner) if gate is None else act(F.linear(rows, _expert(gate, expert))) * inner
-        pairs[index_S] = F.linear(inner, _expert(down, expert))
-    weighted = pairs.view(*expert_ids_TK.shape, x_TH.shape[1]) * weights_TK[..., None].float()
+        index_S = order[begin:end].long()
+        rows = x_TH[index_S // top].float()
+        through = None if gate is None else F.linear(rows, _plain(gate, expert))
+        h = activate(activation, through, F.linear(rows, _plain(up, expert)))
+        shares[index_S] = F.linear(h, _plain(down, expert))
+    weighted = shares.view(*expert_ids_TK.shape, x_TH.shape[1]) * weights_TK[..., None].float()
     return weighted.sum(dim=1).to(x_TH.dtype)
 
 
-def _expert(block: NVFP4Tensor, expert: int) -> torch.Tensor:
+def _plain(block: ExpertWeight, expert: int) -> torch.Tensor:
+    if isinstance(block, FragmentTensor):
+        return from_fragments(FragmentTensor(*(part[expert] for part in block))).dequantize()
     return NVFP4Tensor(*(part[expert] for part in block)).dequantize()

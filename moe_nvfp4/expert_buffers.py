@@ -2,6 +2,8 @@
 
     codes [E_local, N, K/2] uint8    block scales [E_local, N, K/16] uint8, E4M3 bits    global scales [E_local]
 
+On a GPU the same bytes are re-ordered in place for the tensor-core kernels (kernels/fragments.py).
+
 Every expert keeps its own gate, up and down global scales: merging them gives wrong answers on real files.
 """
 
@@ -14,7 +16,9 @@ import torch
 
 from moe_nvfp4.checkpoint import Checkpoint
 from moe_nvfp4.errors import CheckpointError
+from moe_nvfp4.kernels.fragments import COLUMNS, ROWS, repack_in_place
 from moe_nvfp4.kernels.nvfp4 import BLOCK, NVFP4Tensor
+from moe_nvfp4.kernels.routed_experts import ExpertWeight
 from moe_nvfp4.layouts.base import ExpertBlock, Layout
 from moe_nvfp4.progress import Progress
 from moe_nvfp4.routing.placement import Placement
@@ -31,13 +35,21 @@ TRIM_BYTES = 4 << 20
 class LayerExperts:
     """The experts of one layer on this rank, by slot. `gate` is None where experts have no gate projection."""
 
-    gate: NVFP4Tensor | None
-    up: NVFP4Tensor
-    down: NVFP4Tensor
+    gate: ExpertWeight | None
+    up: ExpertWeight
+    down: ExpertWeight
 
     @property
-    def projections(self) -> tuple[NVFP4Tensor | None, NVFP4Tensor, NVFP4Tensor]:
+    def projections(self) -> tuple[ExpertWeight | None, ExpertWeight, ExpertWeight]:
         return self.gate, self.up, self.down
+
+    def in_fragments(self) -> "LayerExperts":
+        """The same memory in the order that the tensor-core kernels read; as it is where a shape does not fit them."""
+        blocks = [block for block in self.projections if isinstance(block, NVFP4Tensor)]
+        if not all(block.shape[-2] % ROWS == 0 and block.shape[-1] % COLUMNS == 0 for block in blocks):
+            return self
+        *gate, up, down = (repack_in_place(block) for block in blocks)
+        return LayerExperts(gate[0] if gate else None, up, down)
 
     @property
     def nbytes(self) -> int:
@@ -63,12 +75,14 @@ class ExpertBuffers:
         device: torch.device | str,
         placement: Placement | None = None,
         rank: int = 0,
+        fragments: bool = False,
         readers: int = DEFAULT_READERS,
         progress: bool | None = None,
     ) -> "ExpertBuffers":
         """Streams this rank's experts from the files; no byte of another rank's experts is read.
 
-        Scales are checked first, so a broken export fails before the buffers are allocated.
+        Scales are checked first, so a broken export fails before the buffers are allocated. `fragments`, on a GPU,
+        re-orders each layer in place for the tensor-core kernels.
         """
         found.require_complete(str(checkpoint.folder))
         placement = placement or Placement.even(found.experts, num_experts(found.layout))
@@ -92,6 +106,8 @@ class ExpertBuffers:
             layers[layer] = _layer(blocks)
         with Progress("experts", sum(t.source.nbytes for t in transfers), enabled=progress) as bar:
             stream(checkpoint.files, transfers, readers=readers, progress=bar)
+        if fragments:
+            layers = {index: layer.in_fragments() for index, layer in layers.items()}
         return cls(layers, placement, rank)
 
     @classmethod

@@ -79,7 +79,12 @@ class Preparation:
         progress = None if self.verbose else False
         with self._checkpoint as checkpoint:
             experts = ExpertBuffers.load(
-                checkpoint, self._found, device=self.device, placement=self._placement, progress=progress
+                checkpoint,
+                self._found,
+                device=self.device,
+                placement=self._placement,
+                fragments=self.device.type == "cuda" and self.dtype == torch.bfloat16,
+                progress=progress,
             )
             weights = load_dense(checkpoint, self._found, device=self.device, dtype=self.dtype, progress=progress)
             dispatcher = LocalDispatcher(self._placement, self.device)

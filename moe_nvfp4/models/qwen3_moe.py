@@ -23,7 +23,6 @@ from moe_nvfp4.layouts import Config
 from moe_nvfp4.layouts.fields import Fields
 from moe_nvfp4.layouts.qwen3_moe import dense_layers
 from moe_nvfp4.routing.dispatch import Dispatcher
-from moe_nvfp4.routing.permutation import permutation
 from moe_nvfp4.routing.topk import softmax_topk
 
 
@@ -145,8 +144,7 @@ class MoE:
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         routes = softmax_topk(linear(x_TH, self.router), self.experts_per_token, normalise=self.normalise)
         rows_TH, (ids_TK, weights_TK), handle = self.dispatcher.dispatch(self.layer, x_TH, routes)
-        order = permutation(ids_TK, self.experts.up.codes.shape[0])
-        y_TH = routed_experts(rows_TH, *self.experts.projections, ids_TK, weights_TK, order.order_S, order.offsets)
+        y_TH = routed_experts(rows_TH, *self.experts.projections, ids_TK, weights_TK)
         return self.dispatcher.combine(y_TH, handle)
 
 

@@ -1,0 +1,76 @@
+"""Sorting pairs: exact against the twin, the twin against routing's permutation."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moe_nvfp4.kernels.sort_pairs import ONE_LAUNCH_PAIRS, sort_pairs, sort_pairs_twin
+from moe_nvfp4.routing.permutation import permutation
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# rows, choices, experts, and the part of the ids that are -1
+CASES = [
+    (1, 8, 256, 0.0),
+    (1, 1, 1, 0.0),
+    (3, 22, 512, 0.3),
+    (7, 4, 5, 0.5),
+    (40, 8, 128, 0.0),
+    (5, 8, 60, 1.0),
+    (ONE_LAUNCH_PAIRS // 2, 2, 16, 0.1),
+]
+LARGE = [(ONE_LAUNCH_PAIRS // 2 + 1, 2, 16, 0.1), (4096, 8, 256, 0.0), (4099, 8, 128, 0.2), (5000, 22, 512, 0.1)]
+
+
+def random_ids(rows: int, choices: int, experts: int, absent: float) -> torch.Tensor:
+    ids = torch.randint(experts, (rows, choices), dtype=torch.int32)
+    return torch.where(torch.rand(rows, choices) < absent, -1, ids)
+
+
+def check(ids: torch.Tensor, experts: int) -> None:
+    pairs, expected = sort_pairs(ids, experts), sort_pairs_twin(ids, experts)
+    for name, actual, wanted in zip(pairs._fields, pairs, expected, strict=True):
+        assert actual.dtype == torch.int32, name
+        assert torch.equal(actual, wanted), name
+
+
+@pytest.mark.parametrize("rows, choices, experts, absent", [*CASES, *LARGE])
+def test_twin(rows: int, choices: int, experts: int, absent: float) -> None:
+    ids = random_ids(rows, choices, experts, absent)
+    pairs, wanted = sort_pairs_twin(ids, experts), permutation(ids.long(), experts)
+    valid = len(wanted.order_S)
+    assert torch.equal(pairs.order[:valid], wanted.order_S.int())
+    assert torch.equal(pairs.offsets, wanted.offsets.int())
+    assert (ids.flatten()[pairs.order[valid:].long()] == -1).all()
+    present = ids.unique()
+    present = present[present >= 0]
+    assert torch.equal(pairs.active[: len(present)], present)
+    assert pairs.active.shape == (min(experts, ids.numel()),)
+    assert (pairs.active[len(present) :] == -1).all()
+
+
+def test_no_rows() -> None:
+    pairs = sort_pairs(torch.empty(0, 8, dtype=torch.int32), 4)
+    assert pairs.order.shape == (0,) and pairs.active.shape == (0,)
+    assert pairs.offsets.tolist() == [0] * 5
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs here already")
+def test_kernels_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
+    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("rows, choices, experts, absent", [*CASES, *LARGE[:1]])
+def test_interpreted(rows: int, choices: int, experts: int, absent: float) -> None:
+    check(random_ids(rows, choices, experts, absent), experts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows, choices, experts, absent", [*CASES, *LARGE])
+def test_gpu(rows: int, choices: int, experts: int, absent: float) -> None:
+    check(random_ids(rows, choices, experts, absent).cuda(), experts)
