@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from expert_cases import Case, make
 
 from moe_nvfp4.kernels.nvfp4 import TOLERANCE, NVFP4Tensor, dequantize, quantize, relative_error
-from moe_nvfp4.kernels.routed_experts import routed_experts
+from moe_nvfp4.kernels.routed_experts import routed_experts, routed_experts_twin
 
 HIDDEN, INNER, EXPERTS = 64, 48, 6
 
@@ -104,3 +105,16 @@ def test_global_scales_of_gate_and_up_stay_apart() -> None:
     merged = torch.maximum(gate.global_scale, up.global_scale)
     wrong = run(x, [gate._replace(global_scale=merged), up._replace(global_scale=merged), down], ids, weights, "silu")
     assert relative_error(wrong, right) > 10 * TOLERANCE["bfloat16"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 4, 5, 33, 200])
+@pytest.mark.parametrize("routing", ["uniform", "holes"])
+def test_every_choice_agrees_with_the_twin(rows: int, routing: str) -> None:
+    case = Case(16, 4, 256, 128, rows, routing=routing)
+    inputs = make(case, "cuda")
+    weights = inputs.fragments()
+    chosen = routed_experts(inputs.x, *weights, inputs.ids, inputs.weights)
+    twin = routed_experts_twin(inputs.x, inputs.gate, inputs.up, inputs.down, inputs.ids, inputs.weights)
+    assert relative_error(chosen, twin) < 1e-2
+    assert relative_error(routed_experts_twin(inputs.x, *weights, inputs.ids, inputs.weights), twin) < 1e-5
