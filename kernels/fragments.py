@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_nvfp4.kernels.compiling import CompileCase
 from moe_nvfp4.kernels.nvfp4 import NVFP4Tensor, decode_e4m3, encode_e4m3, pack, unpack
 
 ROWS: Final = 16
@@ -179,3 +180,17 @@ def _scale_byte(bits):
     )
     raw = (value.to(tl.int32, bitcast=True) >> 20) - 936
     return tl.where(magnitude == 0, 0, raw).to(tl.uint8)
+
+
+def compile_cases() -> list[CompileCase]:
+    signature = {"codes": "*u8", "scales": "*u8"}
+    return [
+        CompileCase(
+            name=f"repack {columns}",
+            function=_repack,
+            signature=signature,
+            constexprs={"TILES": columns // 64, "BLOCK": triton.next_power_of_2(columns // 64)},
+            options={"num_warps": 8},
+        )
+        for columns in (512, 704, 1856, 2816, 4096)
+    ]

@@ -14,6 +14,7 @@ from moe_nvfp4.kernels.activation import activate
 from moe_nvfp4.kernels.few_rows import routed_experts_pairs
 from moe_nvfp4.kernels.fragments import FragmentTensor, from_fragments
 from moe_nvfp4.kernels.grouped_rows import routed_experts_grouped
+from moe_nvfp4.kernels.many_rows import routed_experts_many
 from moe_nvfp4.kernels.nvfp4 import NVFP4Tensor
 from moe_nvfp4.kernels.sort_pairs import sort_pairs, sort_pairs_twin
 
@@ -22,6 +23,9 @@ ExpertWeight = NVFP4Tensor | FragmentTensor
 # One H200, layers of Qwen3.6 and Gemma-4: a program for each pair wins up to four rows (24 us against 26, 42 against
 # 45), grouping from six on, where rows begin to share experts.
 MOST_ROWS_BY_PAIRS = 4
+# Pairs per expert up to which eight rows at a time keep up with tiles of rows: at eight, 192 us against 183 (Qwen3.6,
+# 256 rows) and 330 against 182 (Gemma-4); at four and below grouping reads each weight once and is ahead.
+MOST_PAIRS_GROUPED = 6
 
 
 def routed_experts(
@@ -41,7 +45,10 @@ def routed_experts(
     ids = expert_ids_TK.int()
     if x_TH.shape[0] <= MOST_ROWS_BY_PAIRS:
         return routed_experts_pairs(x_TH, gate, up, down, ids, weights_TK, activation)
-    pairs = sort_pairs(ids, up.words.shape[0])
+    experts = up.words.shape[0]
+    pairs = sort_pairs(ids, experts)
+    if ids.numel() > MOST_PAIRS_GROUPED * experts:
+        return routed_experts_many(x_TH, gate, up, down, ids, weights_TK, pairs.order, pairs.offsets, activation)
     return routed_experts_grouped(x_TH, gate, up, down, ids, weights_TK, pairs, activation)
 
 
