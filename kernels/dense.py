@@ -1,0 +1,80 @@
+"""Dense linears whose weight is bfloat16, FP8 or NVFP4 in fragments: y[m, n] = sum_k x[m, k] w[n, k], in bfloat16.
+
+Activations are never quantised: E4M3 rounds each by 2 %, twice what a product may be off, and that is the whole
+argument against `torch._scaled_mm` for FP8 weights here. So up to some rows the weight is decoded in registers on its
+way to the tensor cores (`dense_rows.py`), and above it is decoded in blocks to bfloat16, for cuBLAS.
+"""
+
+from collections.abc import Sequence
+from typing import Final, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_nvfp4.kernels.dense_plain import decode_rows, decode_rows_torch, dense_plain
+from moe_nvfp4.kernels.dense_rows import DenseWeight, dense_rows, fits, kind_of
+from moe_nvfp4.kernels.fragments import FragmentTensor
+from moe_nvfp4.kernels.nvfp4 import FP8Tensor
+
+# Up to so many rows of x dense_rows reads the weight, once for every sixteen. On one H200, 8192 x 2048, µs: nvfp4 14.6
+# against 22.1 of decoding at 64 rows, 20.2 against 22.2 at 96, 25.8 against 22.9 at 128; fp8 18.9 against 22.2 at 64,
+# 26.0 against 22.9 at 96; of 59 at 1024 rows 12 are decoding, of 187 at 4096 too.
+_FEW_ROWS: Final = {"nvfp4": 80, "fp8": 64, "bf16": 16}
+# Bytes of a block decoded to bfloat16, so that it stays in L2 (50 MB on an H100 and H200) on its way to cuBLAS.
+_BLOCK_BYTES: Final = 32 << 20
+
+
+def dense_linear(x_MK: Tensor, weight: DenseWeight, *, dependent: bool = False, plain: bool = False) -> Tensor:
+    """bfloat16 [M, N]; N is what the weight has, for fragments a multiple of 16, K likewise at least x's.
+
+    `dependent`: launch while the kernel before it on the stream still runs, and fetch weights meanwhile (sm_90 and
+    later, few rows); that kernel must not write the weight. `plain` asks for plain Triton where others are faster.
+    """
+    rows, columns = x_MK.shape
+    if rows == 0:
+        return x_MK.new_empty(0, weight.shape[0])
+    if columns < weight.shape[1]:
+        x_MK = F.pad(x_MK, (0, weight.shape[1] - columns))
+    x_MK = x_MK.contiguous()
+    if not x_MK.is_cuda:
+        return dense_linear_torch(x_MK, weight)
+    kind = kind_of(weight)
+    if plain and (rows <= 16 or kind != "bf16"):
+        return dense_plain(x_MK, weight)
+    if rows <= _FEW_ROWS[kind] and fits(x_MK, weight):
+        return dense_rows(x_MK, weight, dependent=dependent)
+    if isinstance(weight, Tensor):
+        return F.linear(x_MK, weight)
+    y_MN = torch.empty(rows, weight.shape[0], dtype=torch.bfloat16, device=x_MK.device)
+    step = max(16, _BLOCK_BYTES // (2 * weight.shape[1]) // 16 * 16)
+    for start in range(0, weight.shape[0], step):
+        stop = min(start + step, weight.shape[0])
+        torch.mm(x_MK, decode_rows(weight, start, stop).T, out=y_MN[:, start:stop])
+    return y_MN
+
+
+def dense_linear_torch(x_MK: Tensor, weight: DenseWeight) -> Tensor:
+    """The torch twin: float32 sums over weights rounded once to bfloat16."""
+    x_MK = F.pad(x_MK, (0, weight.shape[1] - x_MK.shape[1]))
+    rows = weight if isinstance(weight, Tensor) else decode_rows_torch(weight, 0, weight.shape[0])
+    return F.linear(x_MK.float(), rows.float()).bfloat16()
+
+
+def concatenate(weights: Sequence[DenseWeight]) -> DenseWeight:
+    """Weights that share x as one, for one launch: rows one below the other, each with the scale it had.
+
+    The scale becomes float32 [N/16] (fragments: one for every 16 rows) or [N] (FP8).
+    """
+    first = weights[0]
+    if isinstance(first, FragmentTensor):
+        parts = cast(Sequence[FragmentTensor], weights)
+        scales = [part.global_scale.expand(part.words.shape[0]) for part in parts]
+        return FragmentTensor(
+            torch.cat([part.words for part in parts]), torch.cat([part.scales for part in parts]), torch.cat(scales)
+        )
+    if isinstance(first, FP8Tensor):
+        values = cast(Sequence[FP8Tensor], weights)
+        scales = [part.scale.expand(part.shape[0]) for part in values]
+        return FP8Tensor(torch.cat([part.values for part in values]), torch.cat(scales))
+    return torch.cat(cast(list[Tensor], list(weights)))
