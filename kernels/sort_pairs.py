@@ -1,5 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, no-check-untyped-defs
-"""Pairs (row, choice) grouped by expert: one launch up to 4096 pairs, two beyond.
+"""Pairs (row, choice) grouped by expert. Up to 4096 pairs a program for each expert looks at all ids; beyond, blocks of
+pairs are counted, and a second launch adds the counts up and writes the order.
 
 Letters: T rows, K choices of a row, N = T K pairs, E experts.
 """
@@ -14,9 +15,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_nvfp4.kernels.compiling import ARCHITECTURES, CompileCase
 
-ONE_LAUNCH_PAIRS: Final = 4096
-_BLOCK: Final = 256  # pairs compared with each other at a time
-_MAX_BLOCKS: Final = 128  # of pairs; each program of the scatter reads the counts of all
+# Pairs of one launch, and warps for them: on an H200 2.8 us for 2048 pairs of 256 experts, 5.5 for 4096, 7.9 for 8192;
+# two launches take 7.0, 7.1 and 7.4.
+_ONE_LAUNCH: Final = ((128, 1), (512, 2), (1024, 4), (2048, 4), (4096, 8))
+_BLOCK: Final = 128  # pairs compared with each other at once; 256 spill
+_MAX_BLOCKS: Final = 128  # of which each program of the second launch reads the counts
 
 
 class SortedPairs(NamedTuple):
@@ -29,27 +32,27 @@ def sort_pairs(expert_ids_TK: Tensor, num_experts: int) -> SortedPairs:
     """Ids are int32, -1 or 0 to E - 1; a row may name an expert twice."""
     if use_twin(expert_ids_TK):
         return sort_pairs_twin(expert_ids_TK, num_experts)
-    num_pairs = expert_ids_TK.numel()
-    ids = expert_ids_TK.contiguous()
-    pairs = empty_pairs(ids, num_pairs, num_experts)
-    options = launch_options(ids)
-    if num_pairs <= ONE_LAUNCH_PAIRS:
-        block = _rank_block(num_pairs)
-        rank_pairs[(triton.cdiv(num_pairs, block) + 1,)](
-            ids, *pairs, num_pairs, pairs.active.numel(),
-            E=num_experts, EP=triton.next_power_of_2(num_experts), BI=block, BJ=128, num_warps=4, **options,
-        )  # fmt: skip
-        return pairs
+    ids, num_pairs = expert_ids_TK.contiguous(), expert_ids_TK.numel()
+    pairs = SortedPairs(
+        ids.new_empty(num_pairs), ids.new_empty(num_experts + 1), ids.new_empty(min(num_experts, num_pairs))
+    )
+    padded, options = triton.next_power_of_2(num_experts), launch_options(ids)
+    for block, warps in _ONE_LAUNCH:
+        if num_pairs <= block:
+            group_pairs[(num_experts + 2,)](
+                ids, *pairs, num_pairs, pairs.active.numel(), E=num_experts, EP=padded, BN=block,
+                num_warps=warps, **options,
+            )  # fmt: skip
+            return pairs
     chunks = triton.cdiv(num_pairs, _BLOCK * _MAX_BLOCKS)
     blocks = triton.cdiv(num_pairs, _BLOCK * chunks)
-    bins = triton.next_power_of_2(num_experts + 1)
-    counts, ranks = ids.new_empty(blocks, bins), ids.new_empty(num_pairs)
+    counts, ranks = ids.new_empty(blocks, padded), ids.new_empty(num_pairs)
     count_pairs[(blocks,)](
-        ids, counts, ranks, num_pairs, chunks, E=num_experts, BINS=bins, B=_BLOCK, BJ=32, num_warps=8, **options
-    )  # fmt: skip
+        ids, counts, ranks, num_pairs, chunks, E=num_experts, EP=padded, B=_BLOCK, num_warps=4, **options
+    )
     scatter_pairs[(blocks,)](
         ids, counts, ranks, *pairs, num_pairs, chunks, blocks, pairs.active.numel(),
-        E=num_experts, BINS=bins, B=_BLOCK, BB=16, num_warps=8, **options,
+        E=num_experts, EP=padded, B=_BLOCK, BB=_count_rows(padded), num_warps=8, **options,
     )  # fmt: skip
     return pairs
 
@@ -65,12 +68,6 @@ def sort_pairs_twin(expert_ids_TK: Tensor, num_experts: int) -> SortedPairs:
     return SortedPairs(keys.argsort(stable=True).int(), offsets.int(), active.int())
 
 
-def empty_pairs(like: Tensor, num_pairs: int, num_experts: int) -> SortedPairs:
-    return SortedPairs(
-        like.new_empty(num_pairs), like.new_empty(num_experts + 1), like.new_empty(min(num_experts, num_pairs))
-    )
-
-
 def use_twin(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or not (tensor.is_cuda or triton.knobs.runtime.interpret)
 
@@ -81,120 +78,110 @@ def launch_options(tensor: Tensor) -> dict[str, Any]:
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
-def _rank_block(num_pairs: int) -> int:
-    return 32 if num_pairs <= 2048 else 64
+def _count_rows(padded: int) -> int:
+    """Blocks whose counts a program adds up at a time: 64 registers a thread."""
+    return max(1, 16384 // padded)
 
 
 @triton.jit
-def store_summary(counts, offsets_ptr, active_ptr, active_size, E: tl.constexpr, EP: tl.constexpr):
-    """Offsets and active experts from the counts [EP]; returns where each expert's pairs start."""
-    e = tl.arange(0, EP)
-    ends = tl.cumsum(counts, 0)
-    tl.store(offsets_ptr + e + 1, ends, mask=e < E)
-    tl.store(offsets_ptr + e, tl.zeros((EP,), tl.int32), mask=e == 0)
-    has = ((counts > 0) & (e < E)).to(tl.int32)
-    slot = tl.cumsum(has, 0) - has
-    tl.store(active_ptr + slot, e, mask=has > 0)
-    tl.store(active_ptr + e, tl.full((EP,), -1, tl.int32), mask=(e >= tl.sum(has)) & (e < active_size))
-    return ends - counts
-
-
-@triton.jit
-def rank_pairs(
+def group_pairs(
     ids_ptr, order_ptr, offsets_ptr, active_ptr, N, active_size,
-    E: tl.constexpr, EP: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A pair's place is the number of pairs with smaller (expert, index). The last program counts the experts."""
+    """Program 0 counts the experts, 1 + e places the pairs of expert e, and 1 + E those with id -1."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    j = tl.arange(0, BJ)
-    if tl.program_id(0) == tl.num_programs(0) - 1:
-        counts = tl.zeros((EP,), tl.int32)
-        for begin in range(0, N, BJ):
-            ids = tl.load(ids_ptr + begin + j, mask=begin + j < N, other=-1)
-            counts += tl.histogram(tl.maximum(ids, 0), EP, mask=ids >= 0)
-        store_summary(counts, offsets_ptr, active_ptr, active_size, E, EP)
+    n = tl.arange(0, BN)
+    ids = tl.load(ids_ptr + n, mask=n < N, other=-1)
+    if tl.program_id(0) == 0:
+        counts = tl.histogram(tl.maximum(ids, 0), EP, mask=ids >= 0)
+        _store_summary(counts, offsets_ptr, active_ptr, active_size, E, EP)
     else:
-        i = tl.program_id(0) * BI + tl.arange(0, BI)
-        own = tl.load(ids_ptr + i, mask=i < N, other=-1)
-        key = tl.where(own < 0, E, own) * N + i
-        smaller = tl.zeros((BI, BJ), tl.int32)
-        for begin in range(0, N, BJ):
-            ids = tl.load(ids_ptr + begin + j, mask=begin + j < N, other=-1)
-            keys = tl.where(begin + j < N, tl.where(ids < 0, E, ids) * N + begin + j, (E + 1) * N)
-            smaller += (keys[None, :] < key[:, None]).to(tl.int32)
-        tl.store(order_ptr + tl.sum(smaller, 1), i, mask=i < N)
+        expert = tl.program_id(0) - 1
+        keys = tl.where(n < N, tl.where(ids < 0, E, ids), E + 1)
+        mine = (keys == expert).to(tl.int32)
+        start = tl.sum((keys < expert).to(tl.int32))
+        tl.store(order_ptr + start + tl.cumsum(mine, 0) - mine, n, mask=mine > 0)
+
+
+@triton.jit
+def _store_summary(counts, offsets_ptr, active_ptr, active_size, E: tl.constexpr, EP: tl.constexpr):
+    e = tl.arange(0, EP)
+    tl.store(offsets_ptr + e + 1, tl.cumsum(counts, 0), mask=e < E)
+    tl.store(offsets_ptr + e, tl.zeros((EP,), tl.int32), mask=e == 0)
+    has = (counts > 0).to(tl.int32)
+    tl.store(active_ptr + tl.cumsum(has, 0) - has, e, mask=has > 0)
+    tl.store(active_ptr + e, tl.full((EP,), -1, tl.int32), mask=(e >= tl.sum(has)) & (e < active_size))
 
 
 @triton.jit
 def count_pairs(
     ids_ptr, counts_ptr, ranks_ptr, N, chunks,
-    E: tl.constexpr, BINS: tl.constexpr, B: tl.constexpr, BJ: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, B: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Of `chunks` times B pairs: how many each expert has, and each pair's rank among those of its expert."""
-    block = tl.program_id(0)
+    first = tl.program_id(0) * chunks * B
     b = tl.arange(0, B)
-    counts = tl.zeros((BINS,), tl.int32)
+    counts = tl.zeros((EP,), tl.int32)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     for chunk in range(chunks):
-        i = (block * chunks + chunk) * B + b
+        i = first + chunk * B + b
         ids = tl.load(ids_ptr + i, mask=i < N, other=-1)
-        key = tl.where(ids < 0, E, ids)
-        earlier = tl.zeros((B, BJ), tl.int32)
-        for part in range(0, B, BJ):
-            j = part + tl.arange(0, BJ)
-            at = (block * chunks + chunk) * B + j
-            other = tl.load(ids_ptr + at, mask=at < N, other=-1)
-            same = tl.where(other < 0, E, other)[None, :] == key[:, None]
-            earlier += (same & (j[None, :] < b[:, None])).to(tl.int32)
-        tl.store(ranks_ptr + i, tl.sum(earlier, 1) + tl.gather(counts, key, 0), mask=i < N)
-        counts += tl.histogram(key, BINS, mask=i < N)
-    tl.store(counts_ptr + block * BINS + tl.arange(0, BINS), counts)
+        earlier = (ids[None, :] == ids[:, None]) & (b[None, :] < b[:, None])
+        absent = chunk * B - tl.sum(counts)
+        before = tl.where(ids < 0, absent, tl.gather(counts, tl.maximum(ids, 0), 0))
+        tl.store(ranks_ptr + i, tl.sum(earlier.to(tl.int32), 1) + before, mask=i < N)
+        counts += tl.histogram(tl.maximum(ids, 0), EP, mask=ids >= 0)
+    tl.store(counts_ptr + tl.program_id(0) * EP + tl.arange(0, EP), counts)
 
 
 @triton.jit
 def scatter_pairs(
     ids_ptr, counts_ptr, ranks_ptr, order_ptr, offsets_ptr, active_ptr, N, chunks, blocks, active_size,
-    E: tl.constexpr, BINS: tl.constexpr, B: tl.constexpr, BB: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, B: tl.constexpr, BB: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A pair's place: pairs of smaller experts, of its expert in earlier blocks, and in its block before it."""
     block = tl.program_id(0)
-    e = tl.arange(0, BINS)
-    total = tl.zeros((BINS,), tl.int32)
-    before = tl.zeros((BINS,), tl.int32)
+    e = tl.arange(0, EP)
+    total = tl.zeros((EP,), tl.int32)
+    earlier = tl.zeros((EP,), tl.int32)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     for first in range(0, blocks, BB):
         row = first + tl.arange(0, BB)
-        counts = tl.load(counts_ptr + row[:, None] * BINS + e[None, :], mask=(row < blocks)[:, None], other=0)
+        counts = tl.load(counts_ptr + row[:, None] * EP + e[None, :], mask=(row < blocks)[:, None], other=0)
         total += tl.sum(counts, 0)
-        before += tl.sum(tl.where((row < block)[:, None], counts, 0), 0)
+        earlier += tl.sum(tl.where((row < block)[:, None], counts, 0), 0)
     if block == 0:
-        store_summary(total, offsets_ptr, active_ptr, active_size, E, BINS)
-    base = tl.cumsum(total, 0) - total + before
+        _store_summary(total, offsets_ptr, active_ptr, active_size, E, EP)
+    start = block * chunks * B
+    absent = tl.sum(total) + start - tl.sum(earlier)
+    base = tl.cumsum(total, 0) - total + earlier
     for chunk in range(chunks):
-        i = (block * chunks + chunk) * B + tl.arange(0, B)
+        i = start + chunk * B + tl.arange(0, B)
         ids = tl.load(ids_ptr + i, mask=i < N, other=-1)
         rank = tl.load(ranks_ptr + i, mask=i < N, other=0)
-        tl.store(order_ptr + tl.gather(base, tl.where(ids < 0, E, ids), 0) + rank, i, mask=i < N)
+        place = tl.where(ids < 0, absent, tl.gather(base, tl.maximum(ids, 0), 0)) + rank
+        tl.store(order_ptr + place, i, mask=i < N)
 
 
 def compile_cases() -> list[CompileCase]:
-    pairs = dict.fromkeys(("order_ptr", "offsets_ptr", "active_ptr"), "*i32") | {"active_size": "i32", "N": "i32"}
-    ids = {"ids_ptr": "*i32"}
-    block = {"ids_ptr": "*i32", "counts_ptr": "*i32", "ranks_ptr": "*i32", "chunks": "i32"}
-    return [
-        *pdl_cases("rank_pairs", rank_pairs, ids | pairs, {"num_warps": 4}, E=256, EP=256, BI=32, BJ=128),
-        *pdl_cases("count_pairs", count_pairs, block | {"N": "i32"}, {"num_warps": 8}, E=512, BINS=1024, B=_BLOCK, BJ=32),
-        *pdl_cases(
-            "scatter_pairs", scatter_pairs, block | pairs | {"blocks": "i32"}, {"num_warps": 8},
-            E=512, BINS=1024, B=_BLOCK, BB=16,
-        ),
-    ]  # fmt: skip
+    pairs = dict.fromkeys(("ids_ptr", "order_ptr", "offsets_ptr", "active_ptr"), "*i32")
+    pairs |= {"N": "i32", "active_size": "i32"}
+    work = dict.fromkeys(("ids_ptr", "counts_ptr", "ranks_ptr"), "*i32") | {"N": "i32", "chunks": "i32"}
+    cases = []
+    for block, warps in _ONE_LAUNCH:
+        shape = {"E": 256, "EP": 256, "BN": block}
+        cases += pdl_cases(f"group_pairs {block}", group_pairs, pairs, {"num_warps": warps}, **shape)
+    large = {"E": 512, "EP": 512, "B": _BLOCK}
+    cases += pdl_cases("count_pairs", count_pairs, work, {"num_warps": 4}, **large)
+    return cases + pdl_cases(
+        "scatter_pairs", scatter_pairs, pairs | work | {"blocks": "i32"}, {"num_warps": 8}, **large, BB=_count_rows(512)
+    )
 
 
 def pdl_cases(
