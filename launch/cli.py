@@ -13,7 +13,7 @@ from typing import Any
 from moe_nvfp4 import __version__
 from moe_nvfp4.errors import MoeNvfp4Error, RequestError
 
-USER_ERROR, BROKEN_CHECKPOINT, INTERRUPTED = 2, 1, 130
+USER_ERROR, BROKEN_CHECKPOINT, BROKEN_KERNEL, INTERRUPTED = 2, 1, 1, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -169,6 +169,13 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--runs", type=int, default=3)
     load.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     load.set_defaults(run=_bench_load)
+    kernels = kinds.add_parser("kernels", help="check the kernels on this GPU, and time them against its ceilings")
+    kernels.add_argument("--shapes", default="qwen3.6,gemma-4", metavar="NAME,...", help="default: %(default)s")
+    kernels.add_argument("--tokens", default="1,4,8,32,64,256,1024,4096", metavar="N,...", help="default: %(default)s")
+    kernels.add_argument("--routing", choices=("uniform", "zipf", "one"), default="uniform", help="popular experts")
+    kernels.add_argument("--compare", choices=("vllm",), help="time a peer's layer too, where it is installed")
+    kernels.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    kernels.set_defaults(run=_bench_kernels)
 
 
 def _bench_load(arguments: argparse.Namespace) -> int:
@@ -181,6 +188,19 @@ def _bench_load(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(report.to_json(), indent=2) + "\n")
     return 0
+
+
+def _bench_kernels(arguments: argparse.Namespace) -> int:
+    from moe_nvfp4.launch.bench_kernels import bench_kernels
+
+    try:
+        tokens = [int(number) for number in arguments.tokens.split(",")]
+    except ValueError:
+        raise RequestError(f"--tokens: got {arguments.tokens!r:.80}; expected numbers like 1,8,64") from None
+    figures = bench_kernels(arguments.shapes.split(","), tokens, arguments.routing, arguments.compare, print)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return BROKEN_KERNEL if any(result["timing"] is None for result in figures["results"]) else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""Every kernel compiles for every architecture, without a GPU, and without spilling registers.
+
+`pytest tests/kernels/test_compile.py -s` prints registers, spills and shared memory of all of them.
+"""
+
+import importlib
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_nvfp4.kernels.compiling import (
+    ARCHITECTURES,
+    SHARED_LIMIT,
+    CompileCase,
+    Resources,
+    compile_case,
+    resources,
+)
+
+GENERATIONS = ((80, 86, 89), (90,), (100, 120))  # within one, the code before register allocation is nearly the same
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+
+
+def compiled_here() -> list[str]:
+    """Kernel files with a Triton or Gluon kernel, whether or not they say how it is compiled."""
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in sorted(KERNELS.glob("*.py"))}
+    return [name for name, text in sources.items() if "def compile_cases(" in text]
+
+
+def cases(module: str) -> list[CompileCase]:
+    found: list[CompileCase] = importlib.import_module(f"moe_nvfp4.kernels.{module}").compile_cases()
+    return found
+
+
+def plan(found: list[CompileCase]) -> Iterator[tuple[int, int]]:
+    """(case, architecture): a kernel's first case for all, its others for one of each generation, in turn."""
+    seen: dict[str, set[int]] = {}
+    for index, case in enumerate(found):
+        known = seen.setdefault(function_name(case), set())
+        for generation in GENERATIONS:
+            wanted = [a for a in generation if a in case.architectures]
+            new = [a for a in wanted if a not in known]
+            for architecture in new or wanted[index % len(wanted) :][:1] if wanted else []:
+                known.add(architecture)
+                yield index, architecture
+
+
+def worker(module: str, index: int, architecture: int, scratch: Path) -> tuple[Resources, float]:
+    started = time.perf_counter()
+    case = cases(module)[index]
+    return resources(compile_case(case, architecture), scratch), time.perf_counter() - started
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPoolExecutor]:
+    # Not forked: pytest's process has threads of torch.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as executor:
+        yield executor
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("module", compiled_here())
+def test_compiles(module: str, pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    found = cases(module)
+    jobs: dict[tuple[int, int], Future[tuple[Resources, float]]] = {
+        (index, architecture): pool.submit(worker, module, index, architecture, tmp_path)
+        for index, architecture in plan(found)
+    }
+    problems = []
+    rows: dict[tuple[str, str], dict[int, Any]] = {}
+    for (index, architecture), job in jobs.items():
+        case, place = found[index], f"{found[index].name}, sm_{architecture}"
+        try:
+            used, _ = job.result()
+        except Exception as error:
+            problems.append(f"{place}: {type(error).__name__}: {error}")
+            continue
+        rows.setdefault((case.name, function_name(case)), {})[architecture] = used
+        if used.stack > case.allowed_spill:
+            problems.append(f"{place}: spills {used.stack} bytes, {case.allowed_spill} are allowed")
+        if used.shared > SHARED_LIMIT[architecture]:
+            problems.append(f"{place}: {used.shared} bytes of shared memory, there are {SHARED_LIMIT[architecture]}")
+    print(table(module, rows))
+    assert not problems, "\n" + "\n".join(problems)
+
+
+def function_name(case: CompileCase) -> str:
+    return str(case.function.__name__)
+
+
+def table(module: str, rows: dict[tuple[str, str], dict[int, Resources]]) -> str:
+    heads = "".join(f"{f'sm_{a}':>16}" for a in ARCHITECTURES)
+    lines = [f"\n{module}: registers / spilled bytes / KB of shared memory", f"{'':48}{heads}"]
+    for (name, function), by_architecture in rows.items():
+        label = name if name.startswith(function) else f"{function} {name}"
+        cells = [by_architecture.get(a) for a in ARCHITECTURES]
+        texts = [f"{c.registers} / {c.stack} / {c.shared / 1024:.0f}" if c else "-" for c in cells]
+        lines.append(f"{label[:47]:48}" + "".join(f"{text:>16}" for text in texts))
+    return "\n".join(lines)
+
+
+def test_every_kernel_is_compiled() -> None:
+    """Each jit function that is launched belongs to a case; those that others call are compiled with them."""
+    missing = []
+    for path in sorted(KERNELS.glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "[(" not in text and "[grid" not in text:
+            continue
+        module = importlib.import_module(f"moe_nvfp4.kernels.{path.stem}")
+        launched = {
+            name for name, value in vars(module).items() if hasattr(value, "arg_names") and f"    {name}[" in text
+        }
+        covered = {function_name(case) for name in compiled_here() for case in cases(name)}
+        missing += [f"kernels/{path.name}: {name}" for name in sorted(launched - covered)]
+    assert not missing, "no compile case: " + ", ".join(missing)
