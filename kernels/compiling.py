@@ -6,7 +6,7 @@ A kernel file exports `compile_cases() -> list[CompileCase]`; tests/kernels/test
 import re
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -52,6 +52,18 @@ def compile_case(case: CompileCase, architecture: int) -> Any:
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = (GluonASTSource if function.is_gluon() else ASTSource)(function, signature, dict(case.constexprs), attrs)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(case.options))
+
+
+def with_ones(case: CompileCase) -> CompileCase:
+    """The case when every integer argument is 1, which triton makes a constant, so that `.to` and the like fail."""
+    ones = [
+        param.name
+        for param in case.function.params
+        if case.signature.get(param.name) in ("i32", "i64") and not param.do_not_specialize
+    ]
+    signature = {name: kind for name, kind in case.signature.items() if name not in ones}
+    constexprs = {**case.constexprs, **dict.fromkeys(ones, 1)}
+    return replace(case, name=f"{case.name}, ones", signature=signature, constexprs=constexprs, divisible=())
 
 
 def resources(compiled: Any, scratch: Path) -> Resources:

@@ -159,7 +159,7 @@ def arrange(
         block = (tl.program_id(0) - programs).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
         within = tl.arange(0, 64)
         column = (block % TILES * 64)[:, None] + within[None, :]
-        inside = (block < num_rows.to(tl.int64) * TILES)[:, None]
+        inside = (block // TILES < num_rows)[:, None]
         x = tl.load(x_ptr + (block // TILES * hidden)[:, None] + column, mask=inside & (column < hidden), other=0.0)
         x = tl.permute(tl.reshape(x, (BLOCKS, 4, 8, 2)), (0, 2, 1, 3))  # c, (j, i2), i0
         tl.store(arranged_ptr + (block * 64)[:, None] + within[None, :], tl.reshape(x, (BLOCKS, 64)), mask=inside)

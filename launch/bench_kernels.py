@@ -44,8 +44,8 @@ CHECKED_OUTPUTS: Final = 2048  # of a dense weight with more than twice so many,
 L2_MULTIPLE: Final = 3
 GRAPH_CALLS: Final = 32  # at least, for up to LONG_ROWS rows: the launch of a graph costs some microseconds too
 LONG_ROWS: Final = 256
-# Most rows for which a kernel is timed; each is made for fewer.
-MOST_ROWS: Final = {"experts, pairs": 64, "experts, grouped": 512, "experts, many": 1 << 30}
+# Fewest and most rows for which a kernel is timed; each is made for a part of them.
+ROWS_OF: Final = {"experts, pairs": (1, 64), "experts, grouped": (2, 512), "experts, many": (8, 1 << 30)}
 
 Runner = Callable[[Experts, Tensor, Routing, SortedPairs, str], Tensor]
 RUNNERS: Final[dict[str, Runner]] = {
@@ -156,7 +156,7 @@ def expert_cases(
         expected = _experts_reference(shape, sets[0], x[checked], Routing(*(part[checked] for part in routings[0])))
         theirs = peer.time(x, routings).median if peer is not None and not isinstance(peer, str) else peer
         for kernel, run in RUNNERS.items():
-            if rows <= MOST_ROWS[kernel]:
+            if ROWS_OF[kernel][0] <= rows <= ROWS_OF[kernel][1]:
                 error = relative_error(run(sets[0], x, routings[0], pairs[0], shape.activation)[checked], expected)
                 calls = [
                     partial(run, sets[i % len(sets)], x, routings[i], pairs[i], shape.activation)
