@@ -323,8 +323,8 @@ def kind_of(weight: DenseWeight) -> Kind:
 def tiling_for(kind: Kind, strips: int, tiles: int, groups: int) -> Tiling:
     """Best of a dozen on one H200 with dependent launch; numbers are µs at 1 (then at 16) rows.
 
-    From 400 strips on, more copies in flight are worse: x waits behind them. Below, warps are what is short. Between
-    528 strips, which are resident at once with 8 warps, and a few thousand, the last wave is what costs.
+    What was seen: from 400 strips on more copies in flight are slower, below that more warps are faster, and two
+    strips a program pay from about 600. The causes are guesses: x waiting behind the copies, too few loads, last waves.
     """
     if strips >= 4096 and kind == "nvfp4":  # 248320 x 2048: 75 (100); Tiling(8, 1, 2, 2): 96 (149)
         return Tiling(4, 2, 2 * groups, 2)
