@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, no-check-untyped-defs
 """Routing: the experts of each row and their weights, in two launches: the router's product, and the choice.
 
 Nothing synchronises with the host, and all sums have a fixed order. Of equal scores the lower expert id wins. On

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, no-check-untyped-defs
 """Pairs (row, choice) grouped by expert. Up to 4096 pairs a program for each expert looks at all ids; beyond, blocks of
 pairs are counted, and a second launch adds the counts up and writes the order.
 

@@ -14,6 +14,7 @@ from moe_nvfp4.survey import Survey
 from moe_nvfp4.weight_source import WeightSource
 
 DenseWeights = Mapping[str, DenseWeight]  # normalised parameter name -> weight
+DenseScales = Mapping[str, torch.Tensor | None]  # the same -> global scale or FP8 scale
 
 
 def load_dense(
@@ -22,13 +23,15 @@ def load_dense(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
+    scales: DenseScales | None = None,
     readers: int = DEFAULT_READERS,
     progress: bool | None = None,
 ) -> DenseWeights:
-    """Plain weights take `dtype`, except that float32 stays float32; NVFP4 and FP8 stay as they are."""
-    found.require_complete(str(checkpoint.folder))
-    scales = {name: _scale(checkpoint, source) for name, source in found.dense.items()}
-    check_block_scales(checkpoint, found.dense.values(), readers)
+    """Plain weights take `dtype`, except that float32 stays float32; NVFP4 and FP8 stay as they are.
+
+    `scales` are those of `read_dense_scales`, for callers that take other memory first.
+    """
+    scales = scales or read_dense_scales(checkpoint, found, readers=readers)
     weights: dict[str, DenseWeight] = {}
     transfers: list[Transfer] = []
     for name, source in found.dense.items():
@@ -37,6 +40,13 @@ def load_dense(
     with Progress("dense  ", sum(t.source.nbytes for t in transfers), enabled=progress) as bar:
         stream(checkpoint.files, transfers, readers=readers, progress=bar)
     return weights
+
+
+def read_dense_scales(checkpoint: Checkpoint, found: Survey, *, readers: int = DEFAULT_READERS) -> DenseScales:
+    """Checks every scale of the dense weights, and keeps the small ones; no weight is read or allocated."""
+    found.require_complete(str(checkpoint.folder))
+    check_block_scales(checkpoint, found.dense.values(), readers)
+    return {name: _scale(checkpoint, source) for name, source in found.dense.items()}
 
 
 def kept_dtype(source: WeightSource, dtype: torch.dtype) -> torch.dtype:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moe_nvfp4.checkpoint import Checkpoint
-from moe_nvfp4.dense_weights import load_dense
+from moe_nvfp4.dense_weights import load_dense, read_dense_scales
 from moe_nvfp4.errors import CheckpointError, RequestError
 from moe_nvfp4.expert_buffers import ExpertBuffers, num_experts
 from moe_nvfp4.memory import MemoryPlan, plan_memory
@@ -78,6 +78,7 @@ class Preparation:
         """Allocates and fills the buffers, and closes the checkpoint."""
         progress = None if self.verbose else False
         with self._checkpoint as checkpoint:
+            scales = read_dense_scales(checkpoint, self._found)  # a bad one is found before the experts take memory
             experts = ExpertBuffers.load(
                 checkpoint,
                 self._found,
@@ -86,7 +87,9 @@ class Preparation:
                 fragments=self.device.type == "cuda" and self.dtype == torch.bfloat16,
                 progress=progress,
             )
-            weights = load_dense(checkpoint, self._found, device=self.device, dtype=self.dtype, progress=progress)
+            weights = load_dense(
+                checkpoint, self._found, device=self.device, dtype=self.dtype, scales=scales, progress=progress
+            )
             dispatcher = LocalDispatcher(self._placement, self.device)
             return build_model(checkpoint.config, weights, experts, dispatcher, self.dtype)
 

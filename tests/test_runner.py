@@ -2,16 +2,18 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import moe_nvfp4
 from moe_nvfp4 import MoERunner, SamplingParams
-from moe_nvfp4.errors import MemoryPlanError, RequestError
+from moe_nvfp4.errors import CheckpointError, MemoryPlanError, RequestError
 from moe_nvfp4.generation import Generation
 from moe_nvfp4.synthesize import synthesize
 
@@ -265,3 +267,16 @@ def test_without_a_tokenizer_token_ids_work(folder: Path, tmp_path: Path) -> Non
             runner.generate("Hello", TEN)
         with pytest.raises(RequestError, match="no tokenizer"):
             runner.generate([1], SamplingParams(stop=("x",)))
+
+
+def test_a_bad_scale_of_attention_is_found_before_the_experts_take_memory(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    tensors = load_file(copy / "model.safetensors")
+    name = "model.layers.1.self_attn.k_proj.weight_scale"
+    tensors[name].view(torch.uint8)[0, 0] = 0x7F
+    save_file(tensors, copy / "model.safetensors")
+    monkeypatch.setattr("moe_nvfp4.preparation.ExpertBuffers.load", lambda *_, **__: pytest.fail("experts were loaded"))
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        MoERunner.from_pretrained(copy, device="cpu", verbose=False)
