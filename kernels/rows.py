@@ -1,0 +1,50 @@
+"""Which rows of a step belong to which sequence: the description that attention and recurrent layers share.
+
+A step computes T rows of B sequences. The rows of sequence b are starts[b] to starts[b + 1], and they are its last
+positions. Sequences with one row come first, so that decoding and prefill are each one launch. Every sequence has a
+slot: its line in a page table, its place among recurrent states. Slots of padding rows are spare ones.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    positions: Tensor  # int32 [T]
+    row_slots: Tensor  # int32 [T], the slot of each row's sequence
+    slots: Tensor  # int32 [B]
+    starts: Tensor  # int32 [B + 1]
+    lengths: Tensor  # int32 [B], tokens of each sequence after this step
+    decodes: int  # the first so many sequences have exactly one row
+    longest: int  # most rows of one sequence
+
+    @classmethod
+    def of(cls, pieces: Sequence[tuple[int, int, int]], device: torch.device | str = "cpu") -> "Rows":
+        """From (slot, tokens before this step, rows) of each sequence, those of one row first."""
+        counts = [count for _, _, count in pieces]
+        decodes = next((index for index, count in enumerate(counts) if count != 1), len(counts))
+        assert 1 not in counts[decodes:], f"sequences of one row come first, got {counts}"
+
+        def ints(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        return cls(
+            positions=ints([before + row for _, before, count in pieces for row in range(count)]),
+            row_slots=ints([slot for slot, _, count in pieces for _ in range(count)]),
+            slots=ints([slot for slot, _, _ in pieces]),
+            starts=ints([0, *accumulate(counts)]),
+            lengths=ints([before + count for _, before, count in pieces]),
+            decodes=decodes,
+            longest=max(counts, default=0),
+        )
+
+    def prefills(self) -> "Rows":
+        """The sequences after the decoding ones; their `starts` still count rows of the whole step."""
+        first = self.decodes
+        return self._replace(
+            slots=self.slots[first:], starts=self.starts[first:], lengths=self.lengths[first:], decodes=0
+        )
