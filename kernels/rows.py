@@ -28,19 +28,14 @@ class Rows(NamedTuple):
         counts = [count for _, _, count in pieces]
         decodes = next((index for index, count in enumerate(counts) if count != 1), len(counts))
         assert 1 not in counts[decodes:], f"sequences of one row come first, got {counts}"
-
-        def ints(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
-
-        return cls(
-            positions=ints([before + row for _, before, count in pieces for row in range(count)]),
-            row_slots=ints([slot for slot, _, count in pieces for _ in range(count)]),
-            slots=ints([slot for slot, _, _ in pieces]),
-            starts=ints([0, *accumulate(counts)]),
-            lengths=ints([before + count for _, before, count in pieces]),
-            decodes=decodes,
-            longest=max(counts, default=0),
-        )
+        parts = [
+            [before + row for _, before, count in pieces for row in range(count)],
+            [slot for slot, _, count in pieces for _ in range(count)],
+            [slot for slot, _, _ in pieces],
+            [0, *accumulate(counts)],
+            [before + count for _, before, count in pieces],
+        ]
+        return cls(*upload(parts, device), decodes=decodes, longest=max(counts, default=0))
 
     def prefills(self) -> "Rows":
         """The sequences after the decoding ones; their `starts` still count rows of the whole step."""
@@ -48,3 +43,17 @@ class Rows(NamedTuple):
         return self._replace(
             slots=self.slots[first:], starts=self.starts[first:], lengths=self.lengths[first:], decodes=0
         )
+
+
+def upload(parts: Sequence[Sequence[int]], device: torch.device | str) -> list[Tensor]:
+    """Lists as int32 tensors, in one copy. Each begins at a multiple of 16 bytes, for which kernels are compiled."""
+    flat: list[int] = []
+    starts = []
+    for part in parts:
+        flat.extend([0] * (-len(flat) % 4))
+        starts.append(len(flat))
+        flat.extend(part)
+    whole = torch.tensor(flat, dtype=torch.int32)
+    if torch.device(device).type == "cuda":
+        whole = whole.pin_memory().to(device, non_blocking=True)
+    return [whole[start : start + len(part)] for start, part in zip(starts, parts, strict=True)]
