@@ -31,7 +31,7 @@ _WARPS: Final = 8
 class SamplingRows(NamedTuple):
     """What each row asks for, on the device."""
 
-    temperature: Tensor  # float32 [B]; 0 is greedy, anything else from 2^-100 to 2^100
+    temperature: Tensor  # float32 [B]; 0 is greedy, others are taken into 2^-100 to 2^100
     top_k: Tensor  # int32 [B]; 0 is off
     top_p: Tensor  # float32 [B]; 1 is off
     min_p: Tensor  # float32 [B]; 0 is off
@@ -89,7 +89,7 @@ def _draw_twin(
     shifted_V: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
 ) -> Tensor:
     """`shifted_V`: logits minus their maximum, so that no temperature can overflow them."""
-    weights = (shifted_V / temperature.double()).exp()
+    weights = (shifted_V / temperature.double().clamp(2.0**-100, 2.0**100)).exp()
     ids = torch.arange(len(weights), device=weights.device)
     if top_k > 0 or top_p < 1:
         # Ranked by logits: a high temperature rounds different ones to the same weight.
@@ -402,7 +402,7 @@ def _value(key):
 
 @triton.jit
 def _scale(temperature):
-    return 1.4426950408889634 / temperature
+    return 1.4426950408889634 / tl.minimum(tl.maximum(temperature, 2.0**-100), 2.0**100)
 
 
 @triton.jit

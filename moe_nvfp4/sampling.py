@@ -1,8 +1,7 @@
-"""How the next token is chosen from a row of logits.
+"""What a request asks of sampling, and the random numbers of its sequences; kernels/sample.py chooses the tokens.
 
-The filters run in the order temperature, top_k, top_p, min_p, each on the distribution that the one before
-it left. What remains is drawn from by inverse CDF in ascending token id, with one `random.random()` per
-token, so a seed gives the same tokens whatever else is in the batch.
+A sequence's random numbers are known before its tokens, one for each, so a seed gives the same tokens whatever else is
+in the batch, and the host can send a step's numbers before it has seen the tokens of the step before.
 """
 
 import hashlib
@@ -10,6 +9,7 @@ import math
 import numbers
 import random
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_nvfp4.errors import RequestError
+from moe_nvfp4.kernels.sample import SamplingRows, logprobs, sample
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
@@ -123,16 +124,8 @@ class SamplingParams:
         return self.temperature == 0.0
 
 
-class Sampled(NamedTuple):
-    """One chosen token; the log-probabilities are None unless asked for."""
-
-    token_id: int
-    logprob: float | None
-    top_logprobs: list[tuple[int, float]] | None
-
-
 class Sampler:
-    """Chooses the tokens of one sequence, which is choice `index` of its request."""
+    """The random numbers of one sequence, which is choice `index` of its request."""
 
     def __init__(self, params: SamplingParams, index: int = 0) -> None:
         self.params = params
@@ -144,81 +137,58 @@ class Sampler:
             digest = hashlib.sha256(f"{params.seed}:{index}".encode()).digest()
             self._stream = random.Random(int.from_bytes(digest, "big"))
 
+    def uniform(self) -> float:
+        """The next token's random number, in [0, 1). A greedy sequence needs none and gets 0."""
+        if self.params.greedy:
+            return 0.0
+        # 24 bits, which float32 holds exactly: rounding up could give 1.
+        return math.floor(self._stream.random() * 2**24) / 2**24
+
     def skip(self, tokens: int) -> None:
         """Advance the stream past tokens that were already sampled, to resume a sequence elsewhere."""
-        if not self.params.greedy:
-            for _ in range(tokens):
-                self._stream.random()
+        for _ in range(tokens):
+            self.uniform()
 
-    def sample(self, logits: Tensor) -> Sampled:
-        """The next token from `logits` [V]; equal logits of a greedy request go to the lowest id.
-
-        Log-probabilities are log_softmax of the logits as given, before temperature and filters. Tokens of
-        probability 0 are left out of the alternatives. -inf excludes a token; NaN, +inf, and nothing but
-        -inf raise FloatingPointError, because they mean that the model has gone wrong.
-        """
-        assert logits.dim() == 1 and logits.numel() > 0, f"expected logits [V], got {tuple(logits.shape)}"
-        peak, best = logits.max(dim=0)  # documented to return the first of equal maxima, and NaN if any
-        _check_peak(float(peak))
-        token_id = int(best) if self.params.greedy else self._draw(logits.double() - peak.double())
+    def sample(self, logits: Tensor) -> "Sampled":
+        """The next token from `logits` [V], alone."""
+        (token_id,), (peak,) = sample(logits[None], sampling_rows([self], logits.device))
+        check_peak(float(peak))
         if self.params.logprobs is None:
-            return Sampled(token_id, None, None)
-        logprobs_V = torch.log_softmax(logits.double(), dim=0)
-        return Sampled(token_id, float(logprobs_V[token_id]), _alternatives(logprobs_V, self.params.logprobs))
-
-    def _draw(self, shifted_V: Tensor) -> int:
-        """`shifted_V`: logits minus their maximum, so that no temperature can overflow them."""
-        ids, probs = _filtered(shifted_V, self.params)
-        cdf = probs.cumsum(0)
-        target = cdf[-1] * self._stream.random()
-        # right=True steps over tokens of probability 0. The product can round up to the total, past the
-        # end; the second search is the last token with any probability.
-        position = torch.searchsorted(cdf, target, right=True)
-        last = torch.searchsorted(cdf, cdf[-1])
-        return int(ids[torch.minimum(position, last)])
+            return Sampled(int(token_id), None, None)
+        (chosen,), (ids,), (values,) = logprobs(logits[None], token_id[None], self.params.logprobs)
+        pairs = zip(ids.tolist(), values.tolist(), strict=True)
+        return Sampled(int(token_id), float(chosen), [(i, value) for i, value in pairs if value > -math.inf])
 
 
-def _check_peak(peak: float) -> None:
+class Sampled(NamedTuple):
+    """One chosen token; the log-probabilities are None unless asked for."""
+
+    token_id: int
+    logprob: float | None
+    top_logprobs: list[tuple[int, float]] | None
+
+
+def sampling_rows(samplers: Sequence[Sampler | None], device: torch.device) -> SamplingRows:
+    """What one step's rows ask for, each with its next random number, in one copy; None is a row nobody reads."""
+    params = [SamplingParams() if sampler is None else sampler.params for sampler in samplers]
+    packed = torch.tensor(
+        [
+            [one.temperature for one in params],
+            [0.0] * len(params),
+            [one.top_p for one in params],
+            [one.min_p for one in params],
+            [0.0 if sampler is None else sampler.uniform() for sampler in samplers],
+        ]
+    )
+    packed[1] = torch.tensor([min(one.top_k, 2**31 - 1) for one in params], dtype=torch.int32).view(torch.float32)
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    return SamplingRows.views(packed.to(device, non_blocking=True))
+
+
+def check_peak(peak: float) -> None:
+    """Of a row of logits: they are broken when the largest is not finite, and then the token means nothing."""
     if math.isfinite(peak):
         return
     found = "NaN" if math.isnan(peak) else "+inf" if peak > 0 else "-inf for every token"
     raise FloatingPointError(f"logits: got {found}; expected a finite maximum (the forward pass overflowed)")
-
-
-def _top(values: Tensor, k: int) -> Tensor:
-    """Indices of the k largest values, largest first, the lowest index first among equals."""
-    if k < values.numel():
-        # topk does not say which of several equal values it keeps; its k-th value is certain.
-        indices = (values >= torch.topk(values, k).values[-1]).nonzero().flatten()
-    else:
-        indices = torch.arange(values.numel(), device=values.device)
-    order = torch.argsort(values[indices], descending=True, stable=True)
-    return indices[order[:k]]
-
-
-def _filtered(shifted_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """The token ids that pass top_k, top_p and min_p, ascending, and their probabilities."""
-    probs_V = torch.softmax(shifted_V / params.temperature, dim=0)
-    if params.top_k == 0 and params.top_p == 1.0:
-        ids = torch.arange(probs_V.numel(), device=probs_V.device)
-    else:
-        # Ranked by logits: a high temperature rounds different ones to the same probability.
-        ids = _top(shifted_V, min(params.top_k or shifted_V.numel(), shifted_V.numel()))
-    probs = probs_V[ids]
-    if params.top_p < 1.0:
-        mass = probs.cumsum(0)
-        kept = int((mass < params.top_p * mass[-1]).sum()) + 1
-        ids, probs = ids[:kept], probs[:kept]
-    if params.min_p > 0.0:
-        kept_mask = probs >= params.min_p * probs.max()
-        ids, probs = ids[kept_mask], probs[kept_mask]
-    ids, order = ids.sort()
-    return ids, probs[order]
-
-
-def _alternatives(logprobs_V: Tensor, k: int) -> list[tuple[int, float]]:
-    if k == 0:
-        return []
-    ids = _top(logprobs_V, min(k, logprobs_V.numel()))
-    pairs = zip(ids.tolist(), logprobs_V[ids].tolist(), strict=True)
-    return [(token_id, logprob) for token_id, logprob in pairs if logprob > -math.inf]

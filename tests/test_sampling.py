@@ -13,7 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_nvfp4.errors import RequestError
-from moe_nvfp4.sampling import MAX_LOGPROBS, Sampler, SamplingParams
+from moe_nvfp4.kernels.sample import logprobs, sample
+from moe_nvfp4.sampling import MAX_LOGPROBS, Sampler, SamplingParams, check_peak, sampling_rows
 
 BAD: list[tuple[str, Any]] = [
     *[("max_new_tokens", value) for value in (0, -1, 1.0, "1", None, True, 2**63)],
@@ -68,9 +69,15 @@ def test_limits_are_accepted() -> None:
     SamplingParams(seed=-(2**63), temperature=sys.float_info.max, top_k=2**62)
 
 
+def next_token(sampler: Sampler, logits: torch.Tensor) -> int:
+    token_ids, peaks = sample(logits[None], sampling_rows([sampler], logits.device))
+    check_peak(float(peaks))
+    return int(token_ids)
+
+
 def draw(logits: torch.Tensor, count: int, index: int = 0, **fields: Any) -> list[int]:
     sampler = Sampler(SamplingParams(**{"temperature": 1.0, "seed": 0, **fields}), index)
-    return [sampler.sample(logits).token_id for _ in range(count)]
+    return [next_token(sampler, logits) for _ in range(count)]
 
 
 def logits_of(*probs: float) -> torch.Tensor:
@@ -158,7 +165,7 @@ def test_draws_stay_within_the_filters(
 ) -> None:
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     row = torch.tensor(logits)
-    token_id = Sampler(params).sample(row).token_id
+    token_id = next_token(Sampler(params), row)
     ranking = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
     assert token_id in ranking[: top_k or len(logits)]
     probs = torch.softmax((row.double() - row.max().double()) / temperature, 0)
@@ -203,9 +210,9 @@ def test_one_random_number_per_token() -> None:
     sampler, other = (Sampler(SamplingParams(temperature=1.0, seed=9)) for _ in range(2))
     rows = [torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in (3, 50, 7, 900)]
     for row in rows:
-        sampler.sample(row)
+        next_token(sampler, row)
     other.skip(len(rows))
-    assert sampler.sample(rows[3]) == other.sample(rows[3])
+    assert sampler.uniform() == other.uniform()
 
 
 def test_choices_have_their_own_streams() -> None:
@@ -216,28 +223,34 @@ def test_choices_have_their_own_streams() -> None:
     assert choices[1] != tuple(draw(logits, 5, seed=8))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.3])
-def test_logprobs(temperature: float) -> None:
+def test_rows_are_those_of_each_sequence_alone() -> None:
+    """A batch of unlike sequences, one row of which nobody reads."""
+    fields: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.8, "top_k": 2**62, "seed": 1},
+        {"temperature": 1e300, "top_k": 5, "top_p": 5e-324, "seed": 2},
+        {"temperature": 5e-324, "min_p": 0.3, "seed": 3},
+        {"temperature": 1.5, "top_p": 0.7, "seed": 4},
+    ]
+    samplers, alone = ([Sampler(SamplingParams(**one)) for one in fields] for _ in range(2))
+    for _ in range(20):
+        logits = torch.randn(6, 100)
+        rows = sampling_rows([*samplers[:3], None, *samplers[3:]], logits.device)
+        token_ids = sample(logits, rows).token_ids.tolist()
+        del token_ids[3]
+        rest = [logits[row] for row in (0, 1, 2, 4, 5)]
+        assert token_ids == [next_token(one, x) for one, x in zip(alone, rest, strict=True)]
+
+
+def test_logprobs_are_of_the_logits_as_given() -> None:
     logits = torch.randn(100, generator=torch.Generator().manual_seed(2))
-    params = SamplingParams(temperature=temperature, top_k=3, logprobs=5, seed=1)
-    sampled = Sampler(params).sample(logits)
+    params = SamplingParams(temperature=0.3, top_k=3, seed=1)
+    token_ids, _ = sample(logits[None], sampling_rows([Sampler(params)], logits.device))
+    (chosen,), (ids,), (values,) = logprobs(logits[None], token_ids, 5)
     expected = torch.log_softmax(logits, 0)
-    assert sampled.logprob == pytest.approx(float(expected[sampled.token_id]), abs=1e-5)
-    assert sampled.top_logprobs is not None
-    values, ids = expected.topk(5)
-    assert [token for token, _ in sampled.top_logprobs] == ids.tolist()
-    assert [value for _, value in sampled.top_logprobs] == pytest.approx(values.tolist(), abs=1e-5)
-
-
-def test_logprobs_edges() -> None:
-    logits = torch.tensor([0.0, -math.inf, 0.0])
-    assert Sampler(SamplingParams()).sample(logits) == (0, None, None)
-    assert Sampler(SamplingParams(logprobs=0)).sample(logits).top_logprobs == []
-    top = Sampler(SamplingParams(logprobs=1000)).sample(logits).top_logprobs
-    assert top is not None and [token_id for token_id, _ in top] == [0, 2]
-    assert [logprob for _, logprob in top] == pytest.approx([-math.log(2)] * 2)
-    top = Sampler(SamplingParams(logprobs=100)).sample(torch.zeros(5000)).top_logprobs
-    assert top is not None and [token_id for token_id, _ in top] == list(range(100))
+    assert float(chosen) == pytest.approx(float(expected[token_ids]), abs=1e-5)
+    assert ids.tolist() == expected.topk(5).indices.tolist()
+    assert values.tolist() == pytest.approx(expected.topk(5).values.tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
