@@ -1,6 +1,6 @@
 """From a projection to attention: heads of q, k and v normed, rotated, k and v stored in their pages, in one launch.
 
-A program of one warp takes a few heads of one row, so that no sum needs a barrier, and heads share cosines and sines.
+A program is one warp and takes some heads of a row, which share cosines and sines; no sum needs a barrier.
 Rotation is NeoX style: i and i + R/2 of a head turn by position * inv_freq[i]; what lies beyond R passes through.
 
 On sm_90 and later a program looks up weights, angles and its place in the pages while the predecessor still runs: rows
@@ -23,8 +23,10 @@ from moe_nvfp4.kernels.paged_kv import PagedKV, store_twin
 from moe_nvfp4.kernels.rows import Rows
 from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases, use_twin
 
-_FEW_HEADS: Final = 4096  # of all rows: up to here a program for each
-_NUMBERS: Final = 1024  # of the heads of a program beyond that: 32 to a lane
+# Programs of one warp start at 0.8 a nanosecond on an H200, so that beyond a few hundred they take several heads.
+_PROGRAMS: Final = 512
+_NUMBERS: Final = 2048  # of a program, at most
+_MANY_HEADS: Final = 8192  # of all rows: beyond, programs start long after the launch, and load their heads first
 
 
 def norm_rope_store(
@@ -55,8 +57,8 @@ def norm_rope_store(
     assert q_TND.stride(2) == k_TGD.stride(2) == v_TGD.stride(2) == 1, "the numbers of a head are adjacent"
     assert kv.keys.is_contiguous() and kv.values.is_contiguous() and kv.table.stride(1) == 1, "pages are contiguous"
     out_TND = q_TND.new_empty(num_rows, heads, dim)
-    block = head_block(num_rows * (heads + 2 * kv_heads), dim)
-    q_blocks, kv_blocks = triton.cdiv(heads, block), triton.cdiv(kv_heads, block)
+    bh, many = head_block(num_rows * (heads + 2 * kv_heads), dim)
+    q_blocks, kv_blocks = triton.cdiv(heads, bh), triton.cdiv(kv_heads, bh)
     some = next((weight for weight in (q_norm, k_norm) if weight is not None), q_TND)
     norm_rotate_store[(num_rows, q_blocks + 2 * kv_blocks)](
         q_TND, k_TGD, v_TGD, out_TND, kv.keys, kv.values,
@@ -64,9 +66,9 @@ def norm_rope_store(
         rows.positions, rows.row_slots, kv.table, 1 / kv.k_scale, 1 / kv.v_scale,
         q_TND.stride(0), q_TND.stride(1), k_TGD.stride(0), k_TGD.stride(1), v_TGD.stride(0), v_TGD.stride(1),
         kv.table.stride(0), q_blocks, kv_blocks, N=heads, G=kv_heads, D=dim, HALF=inv_freq.numel(), PAGE=kv.page,
-        BH=block, BD=triton.next_power_of_2(dim), EPS=eps,
+        BH=bh, BD=triton.next_power_of_2(dim), EPS=eps,
         Q_NORM=q_norm is not None, K_NORM=k_norm is not None, V_NORM=norm_v, OFFSET=float(offset),
-        FUSED=q_TND.is_cuda, num_warps=1, **launch_options(q_TND),
+        MANY=many, FUSED=q_TND.is_cuda, num_warps=1, **launch_options(q_TND),
     )  # fmt: skip
     return out_TND
 
@@ -103,9 +105,10 @@ def norm_rope_store_twin(
     return q.to(q_TND.dtype)
 
 
-def head_block(heads: int, dim: int) -> int:
-    """Heads of a program, from the heads of all rows."""
-    return 1 if heads <= _FEW_HEADS else max(1, min(8, _NUMBERS // dim))
+def head_block(heads: int, dim: int) -> tuple[int, bool]:
+    """Heads of a program, a power of two, from the heads of all rows; and whether those are many."""
+    wanted = triton.next_power_of_2(triton.cdiv(heads, _PROGRAMS))
+    return min(wanted, max(1, _NUMBERS // triton.next_power_of_2(dim))), heads > _MANY_HEADS
 
 
 @triton.jit
@@ -116,47 +119,55 @@ def norm_rotate_store(
     N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
     BH: tl.constexpr, BD: tl.constexpr, EPS: tl.constexpr,
     Q_NORM: tl.constexpr, K_NORM: tl.constexpr, V_NORM: tl.constexpr, OFFSET: tl.constexpr,
-    FUSED: tl.constexpr, PDL: tl.constexpr,
+    MANY: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """First the blocks of heads of q, then of k, then of v, which is not rotated."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     is_q, is_v = block < q_blocks, block >= q_blocks + kv_blocks
     weighted = (is_q & Q_NORM) | (((block >= q_blocks) & (block < q_blocks + kv_blocks)) & K_NORM)
-    source = tl.where(is_q, q_ptr + row * q_row, tl.where(is_v, v_ptr + row * v_row, k_ptr + row * k_row))
-    stride = tl.where(is_q, q_head, tl.where(is_v, v_head, k_head))
     first = tl.where(is_q, block, tl.where(is_v, block - q_blocks - kv_blocks, block - q_blocks)) * BH
     head = (first + tl.arange(0, BH))[:, None]
-    live = head < tl.where(is_q, N, G)
     d = tl.arange(0, BD)
     partner = tl.where(d < HALF, d + HALF, d - HALF)
+    live = head < tl.where(is_q, N, G)
+    turns = live & ((d < 2 * HALF) & ~is_v)[None, :]
+    live = live & (d < D)[None, :]
+    source = tl.where(is_q, q_ptr + row * q_row, tl.where(is_v, v_ptr + row * v_row, k_ptr + row * k_row))
+    source += head * tl.where(is_q, q_head, tl.where(is_v, v_head, k_head))
+    if MANY:
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        x = tl.load(source + d[None, :], mask=live, other=0.0)
+        other = tl.load(source + partner[None, :], mask=turns, other=0.0)
+    position, slot = tl.load(positions_ptr + row), tl.load(slots_ptr + row).to(tl.int64)
     weight_ptr = tl.where(is_q, q_norm_ptr, k_norm_ptr)
     weight = tl.load(weight_ptr + d, mask=weighted & (d < D), other=1 - OFFSET).to(tl.float32) + OFFSET
     w_partner = tl.load(weight_ptr + partner, mask=weighted & (d < 2 * HALF), other=1 - OFFSET).to(tl.float32) + OFFSET
-    position, slot = tl.load(positions_ptr + row), tl.load(slots_ptr + row).to(tl.int64)
-    page = tl.load(table_ptr + slot * table_row + position // PAGE).to(tl.int64)
     freq = tl.load(freq_ptr + tl.minimum(d, partner), mask=(d < 2 * HALF) & ~is_v, other=0.0)
+    page = tl.load(table_ptr + slot * table_row + position // PAGE).to(tl.int64)
     cos, sin = cos_sin(position.to(tl.float32) * freq, FUSED)
-    sin = tl.where(d < HALF, -sin, sin)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    cos, sin = cos * weight, tl.where(d < HALF, -sin, sin) * w_partner
+    if not MANY:
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        x = tl.load(source + d[None, :], mask=live, other=0.0)
+        other = tl.load(source + partner[None, :], mask=turns, other=0.0)
 
-    source += head * stride
-    x = tl.load(source + d[None, :], mask=live & (d < D)[None, :], other=0.0).to(tl.float32)
-    other = tl.load(source + partner[None, :], mask=live & ((d < 2 * HALF) & ~is_v)[None, :], other=0.0).to(tl.float32)
+    x, other = x.to(tl.float32), other.to(tl.float32)
     scale = tl.where(weighted | (is_v & V_NORM), tl.rsqrt(tl.sum(x * x, 1) / D + EPS), 1.0)[:, None]
-    x = x * scale * (weight * cos)[None, :] + other * scale * (w_partner * sin)[None, :]
+    x = (x * cos[None, :] + other * sin[None, :]) * scale
     if is_q:
-        at = (row * N + head) * D + d[None, :]
-        tl.store(out_ptr + at, x.to(tl.bfloat16), mask=live & (d < D)[None, :])
+        tl.store(out_ptr + (row * N + head) * D + d[None, :], x.to(tl.bfloat16), mask=live)
     else:
         at = ((page * PAGE + position % PAGE) * G + head) * D + d[None, :]
         pages_ptr = tl.where(is_v, values_ptr, keys_ptr)
         if pages_ptr.dtype.element_ty == tl.uint8:
             bits = encode_e4m3_tl(x * tl.where(is_v, v_inverse, k_inverse))
-            tl.store(pages_ptr + at, bits, mask=live & (d < D)[None, :])
+            tl.store(pages_ptr + at, bits, mask=live)
         else:
-            tl.store(pages_ptr + at, x.to(pages_ptr.dtype.element_ty), mask=live & (d < D)[None, :])
+            tl.store(pages_ptr + at, x.to(pages_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -207,15 +218,15 @@ def compile_cases() -> list[CompileCase]:
         ("Qwen3.5", 16, 2, 256, 32), ("Gemma sliding", 16, 8, 256, 128), ("Gemma global", 16, 2, 512, 256),
         ("Qwen3", 32, 4, 128, 64),
     ):  # fmt: skip
-        for count, pages in ((1, "*bf16"), (1 << 20, "*u8")):
+        for count, pages in ((1, "*bf16"), (1 << 20, "*u8"), (1 << 20, "*bf16")):
+            bh, many = head_block(count, dim)
             types = signature | {"keys_ptr": pages, "values_ptr": pages}
             cases += [
                 replace(case, divisible=strides)
                 for case in pdl_cases(
-                    f"{name} {pages[1:]}", norm_rotate_store, types, {"num_warps": 1},
-                    N=heads, G=kv_heads, D=dim, HALF=half, PAGE=64, BH=head_block(count, dim), BD=dim,
-                    EPS=1e-6, Q_NORM=True, K_NORM=True, V_NORM="Gemma" in name,
-                    OFFSET=0.0, FUSED=True,
+                    f"{name} {pages[1:]} {bh}", norm_rotate_store, types, {"num_warps": 1},
+                    N=heads, G=kv_heads, D=dim, HALF=half, PAGE=64, BH=bh, BD=dim, EPS=1e-6,
+                    Q_NORM=True, K_NORM=True, V_NORM="Gemma" in name, OFFSET=0.0, MANY=many, FUSED=True,
                 )
             ]  # fmt: skip
     return cases

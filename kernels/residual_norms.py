@@ -22,7 +22,6 @@ from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases, use_twin
 
 MAX_BRANCHES: Final = 2
 MAX_OUTPUTS: Final = 3
-_MANY_ROWS: Final = 512  # from here on a thread has twice as many columns
 
 
 class Norm(NamedTuple):
@@ -64,7 +63,7 @@ def residual_norms(
             H=hidden, BH=triton.next_power_of_2(hidden), BRANCHES=len(branches), OUTPUTS=len(outputs),
             KINDS=tuple(map(_kind, norms)), EPS=tuple(0.0 if norm is None else norm.eps for norm in norms),
             SCALAR=scalar is not None, CHANGES=changes,
-            num_warps=num_warps(num_rows, hidden), **launch_options(x_TH),
+            num_warps=num_warps(hidden), **launch_options(x_TH),
         )  # fmt: skip
     return out_TH, normed
 
@@ -112,10 +111,10 @@ def _kind(norm: Norm | None) -> int:
     return 3 if norm.offset else 2
 
 
-def num_warps(num_rows: int, hidden: int) -> int:
-    """8 columns to a thread, of many rows 16; few columns need one warp, and no more than 16 take part."""
+def num_warps(hidden: int) -> int:
+    """Few, also for one row, whose barriers cost more than its arithmetic: 4, or 8 beyond 4096 columns."""
     columns: int = triton.next_power_of_2(hidden)
-    return max(1, min(16, columns // (256 if num_rows < _MANY_ROWS else 512)))
+    return max(1, min(4, columns // 64), columns // 1024)
 
 
 @triton.jit
@@ -200,10 +199,10 @@ def compile_cases() -> list[CompileCase]:
     }
     cases = []
     for name, (branches, outputs, kinds, scalar) in shapes.items():
-        for num_rows, hidden in ((1, 2816), (_MANY_ROWS, 5376)):
+        for hidden in (2048, 2816, 5376):
             constants: dict[str, Any] = {"H": hidden, "BH": triton.next_power_of_2(hidden), "KINDS": kinds}
             constants |= {"EPS": (1e-6,) * 6, "BRANCHES": branches, "OUTPUTS": outputs, "SCALAR": scalar}
             constants |= {"CHANGES": branches > 0}
-            options = {"num_warps": num_warps(num_rows, hidden)}
-            cases += pdl_cases(f"{name} {num_rows}", add_and_norm, signature, options, **constants)
+            options = {"num_warps": num_warps(hidden)}
+            cases += pdl_cases(f"{name} {hidden}", add_and_norm, signature, options, **constants)
     return cases
