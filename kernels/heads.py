@@ -3,8 +3,9 @@
 A program is one warp and takes some heads of a row, which share cosines and sines; no sum needs a barrier.
 Rotation is NeoX style: i and i + R/2 of a head turn by position * inv_freq[i]; what lies beyond R passes through.
 
-On sm_90 and later a program looks up weights, angles and its place in the pages while the predecessor still runs: rows
-and page table are at least two launches old, since q, k and v come from a projection of the same rows.
+On sm_90 and later a program looks up weights, angles and its place in the pages while the predecessor still runs, which
+takes 0.1 to 0.3 us off a step's layer: so what launches just before, and what launches before that without waiting for
+it, must not write rows and page table. The projections that q, k and v come from do not.
 
 Letters: T rows, N heads of q, G heads of k and of v, D numbers of a head, R rotated numbers of it.
 """
@@ -23,10 +24,10 @@ from moe_nvfp4.kernels.paged_kv import PagedKV, store_twin
 from moe_nvfp4.kernels.rows import Rows
 from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases, use_twin
 
-# Programs of one warp start at 0.8 a nanosecond on an H200, so that beyond a few hundred they take several heads.
+# An H200 starts 0.8 programs a nanosecond, so that beyond a few hundred each takes several heads: 4096 rows of 32 heads
+# of 256 take 159 us with one head a program, 41 with four, 37 with eight; the bytes alone would take 30.
 _PROGRAMS: Final = 512
 _NUMBERS: Final = 2048  # of a program, at most
-_MANY_HEADS: Final = 8192  # of all rows: beyond, programs start long after the launch, and load their heads first
 
 
 def norm_rope_store(
@@ -57,7 +58,7 @@ def norm_rope_store(
     assert q_TND.stride(2) == k_TGD.stride(2) == v_TGD.stride(2) == 1, "the numbers of a head are adjacent"
     assert kv.keys.is_contiguous() and kv.values.is_contiguous() and kv.table.stride(1) == 1, "pages are contiguous"
     out_TND = q_TND.new_empty(num_rows, heads, dim)
-    bh, many = head_block(num_rows * (heads + 2 * kv_heads), dim)
+    bh = head_block(num_rows * (heads + 2 * kv_heads), dim)
     q_blocks, kv_blocks = triton.cdiv(heads, bh), triton.cdiv(kv_heads, bh)
     some = next((weight for weight in (q_norm, k_norm) if weight is not None), q_TND)
     norm_rotate_store[(num_rows, q_blocks + 2 * kv_blocks)](
@@ -68,7 +69,7 @@ def norm_rope_store(
         kv.table.stride(0), q_blocks, kv_blocks, N=heads, G=kv_heads, D=dim, HALF=inv_freq.numel(), PAGE=kv.page,
         BH=bh, BD=triton.next_power_of_2(dim), EPS=eps,
         Q_NORM=q_norm is not None, K_NORM=k_norm is not None, V_NORM=norm_v, OFFSET=float(offset),
-        MANY=many, FUSED=q_TND.is_cuda, num_warps=1, **launch_options(q_TND),
+        FUSED=q_TND.is_cuda, num_warps=1, **launch_options(q_TND),
     )  # fmt: skip
     return out_TND
 
@@ -105,10 +106,11 @@ def norm_rope_store_twin(
     return q.to(q_TND.dtype)
 
 
-def head_block(heads: int, dim: int) -> tuple[int, bool]:
-    """Heads of a program, a power of two, from the heads of all rows; and whether those are many."""
-    wanted = triton.next_power_of_2(triton.cdiv(heads, _PROGRAMS))
-    return min(wanted, max(1, _NUMBERS // triton.next_power_of_2(dim))), heads > _MANY_HEADS
+def head_block(heads: int, dim: int) -> int:
+    """Heads of a program, a power of two, from the heads of all rows."""
+    wanted: int = triton.next_power_of_2(triton.cdiv(heads, _PROGRAMS))
+    most: int = _NUMBERS // triton.next_power_of_2(dim)
+    return max(1, min(wanted, most))
 
 
 @triton.jit
@@ -119,7 +121,7 @@ def norm_rotate_store(
     N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
     BH: tl.constexpr, BD: tl.constexpr, EPS: tl.constexpr,
     Q_NORM: tl.constexpr, K_NORM: tl.constexpr, V_NORM: tl.constexpr, OFFSET: tl.constexpr,
-    MANY: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
+    FUSED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """First the blocks of heads of q, then of k, then of v, which is not rotated."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -134,12 +136,6 @@ def norm_rotate_store(
     live = live & (d < D)[None, :]
     source = tl.where(is_q, q_ptr + row * q_row, tl.where(is_v, v_ptr + row * v_row, k_ptr + row * k_row))
     source += head * tl.where(is_q, q_head, tl.where(is_v, v_head, k_head))
-    if MANY:
-        if PDL:
-            gdc_wait()
-            gdc_launch_dependents()
-        x = tl.load(source + d[None, :], mask=live, other=0.0)
-        other = tl.load(source + partner[None, :], mask=turns, other=0.0)
     position, slot = tl.load(positions_ptr + row), tl.load(slots_ptr + row).to(tl.int64)
     weight_ptr = tl.where(is_q, q_norm_ptr, k_norm_ptr)
     weight = tl.load(weight_ptr + d, mask=weighted & (d < D), other=1 - OFFSET).to(tl.float32) + OFFSET
@@ -148,14 +144,12 @@ def norm_rotate_store(
     page = tl.load(table_ptr + slot * table_row + position // PAGE).to(tl.int64)
     cos, sin = cos_sin(position.to(tl.float32) * freq, FUSED)
     cos, sin = cos * weight, tl.where(d < HALF, -sin, sin) * w_partner
-    if not MANY:
-        if PDL:
-            gdc_wait()
-            gdc_launch_dependents()
-        x = tl.load(source + d[None, :], mask=live, other=0.0)
-        other = tl.load(source + partner[None, :], mask=turns, other=0.0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
-    x, other = x.to(tl.float32), other.to(tl.float32)
+    x = tl.load(source + d[None, :], mask=live, other=0.0).to(tl.float32)
+    other = tl.load(source + partner[None, :], mask=turns, other=0.0).to(tl.float32)
     scale = tl.where(weighted | (is_v & V_NORM), tl.rsqrt(tl.sum(x * x, 1) / D + EPS), 1.0)[:, None]
     x = (x * cos[None, :] + other * sin[None, :]) * scale
     if is_q:
@@ -219,14 +213,14 @@ def compile_cases() -> list[CompileCase]:
         ("Qwen3", 32, 4, 128, 64),
     ):  # fmt: skip
         for count, pages in ((1, "*bf16"), (1 << 20, "*u8"), (1 << 20, "*bf16")):
-            bh, many = head_block(count, dim)
+            bh = head_block(count, dim)
             types = signature | {"keys_ptr": pages, "values_ptr": pages}
             cases += [
                 replace(case, divisible=strides)
                 for case in pdl_cases(
                     f"{name} {pages[1:]} {bh}", norm_rotate_store, types, {"num_warps": 1},
                     N=heads, G=kv_heads, D=dim, HALF=half, PAGE=64, BH=bh, BD=dim, EPS=1e-6,
-                    Q_NORM=True, K_NORM=True, V_NORM="Gemma" in name, OFFSET=0.0, MANY=many, FUSED=True,
+                    Q_NORM=True, K_NORM=True, V_NORM="Gemma" in name, OFFSET=0.0, FUSED=True,
                 )
             ]  # fmt: skip
     return cases
