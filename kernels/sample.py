@@ -27,6 +27,7 @@ _IN_REGISTERS: Final = 64  # blocks
 _WARPS: Final = 8
 _FEW: Final = 16  # rows
 # Blocks a program, and warps.
+_SHIFT: Final = {torch.float32: 0, torch.bfloat16: 16}  # bits that are the same in all logits
 _SUMMARY_FEW: Final = (16, 8)
 _SUMMARY_MANY: Final = (32, 4)
 
@@ -73,7 +74,8 @@ def sample(logits_BV: Tensor, rows: SamplingRows) -> Sampled:
     )
     choose_tokens[(num_rows,)](
         logits_BV, *summary, *rows, scratch, *sampled, vocabulary, blocks,
-        N=_BLOCK, BP=triton.next_power_of_2(blocks), HELD=_IN_REGISTERS, num_warps=_WARPS, **options,
+        N=_BLOCK, BP=triton.next_power_of_2(blocks), HELD=_IN_REGISTERS,
+        SHIFT=_SHIFT[logits_BV.dtype], num_warps=_WARPS, **options,
     )  # fmt: skip
     return sampled
 
@@ -157,7 +159,8 @@ def summarise_blocks(
 @triton.jit
 def choose_tokens(
     logits_ptr, tops_ptr, sums_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, uniform_ptr, scratch_ptr,
-    token_ptr, peaks_ptr, V, blocks, N: tl.constexpr, BP: tl.constexpr, HELD: tl.constexpr, PDL: tl.constexpr,
+    token_ptr, peaks_ptr, V, blocks, N: tl.constexpr, BP: tl.constexpr, HELD: tl.constexpr, SHIFT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b = tl.arange(0, BP)
@@ -175,7 +178,7 @@ def choose_tokens(
         token = _draw(
             logits_ptr, tops, sums, peak, _scale(temperature), tl.load(top_k_ptr + row), tl.load(top_p_ptr + row),
             tl.load(min_p_ptr + row), tl.load(uniform_ptr + row), scratch_ptr + row * 3 * blocks, V, blocks,
-            N, BP, HELD,
+            N, BP, HELD, SHIFT,
         )  # fmt: skip
         tl.store(token_ptr + row, token)
     else:
@@ -189,13 +192,13 @@ def choose_tokens(
 @triton.jit
 def _draw(
     logits_ptr, tops, sums, peak, scale, top_k, top_p, min_p, uniform, scratch_ptr, V, blocks,
-    N: tl.constexpr, BP: tl.constexpr, HELD: tl.constexpr,
+    N: tl.constexpr, BP: tl.constexpr, HELD: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """Kept are tokens above the threshold, and of those equal to it the first `ties`."""
     b = tl.arange(0, BP)
-    top_keys = tl.where(tops == float("-inf"), -(1 << 31), key_of(tops))
+    top_keys = tl.where(tops == float("-inf"), -(1 << 31), key_of(tops, SHIFT))
     # Lighter tokens than 2^-120 of the peak count as excluded, so that no weight is a denormal.
-    floor = key_of(tl.maximum(peak - 120.0 / scale, -3.4e38))
+    floor = key_of(tl.maximum(peak - 120.0 / scale, -3.4e38), SHIFT)
     mass = tl.where(top_keys >= floor, sums * weights_of(tops, peak, scale), 0.0)
     total = tl.sum(mass, 0)
     threshold, ties = floor - 1, 0
@@ -203,28 +206,29 @@ def _draw(
     if (top_k > 0) & (top_k < V):
         threshold, ties, total = find_threshold(
             logits_ptr, top_keys, mass, peak, scale, top_k.to(tl.float32), 0.0, threshold, ties, scratch_ptr, V, blocks,
-            N, BP, HELD, True,
+            N, BP, HELD, SHIFT, True,
         )  # fmt: skip
         filtered = True
     if top_p < 1:
         threshold, ties, total = find_threshold(
             logits_ptr, top_keys, mass, peak, scale, top_p * total, total - top_p * total, threshold, ties,
-            scratch_ptr, V, blocks, N, BP, HELD, False,
+            scratch_ptr, V, blocks, N, BP, HELD, SHIFT, False,
         )  # fmt: skip
         filtered = True
-    tie_weight = weights_of(value_of(threshold), peak, scale)
+    least = value_of(threshold, SHIFT)
+    tie_weight = weights_of(least, peak, scale)
     equal = tl.zeros((BP,), tl.int32)
     if filtered:
         ties = tl.where(tie_weight >= min_p, ties, 0)
         active = top_keys > threshold - (ties > 0).to(tl.int32)
         count = list_blocks(scratch_ptr, active, b)
-        for first in tl.range(0, count, 32, num_stages=3):
-            at, x = load_listed(logits_ptr, scratch_ptr, first, count, V, 32, N)
-            key, weight = key_of(x), weights_of(x, peak, scale)
-            above = tl.where((key > threshold) & (weight >= min_p), weight, 0.0)
-            listed = first + tl.arange(0, 32) < count
+        for first in tl.range(0, count, HELD, num_stages=3):
+            at, x = load_listed(logits_ptr, scratch_ptr, first, count, V, HELD, N)
+            weight = weights_of(x, peak, scale)
+            above = tl.where((x > least) & (weight >= min_p), weight, 0.0)
+            listed = first + tl.arange(0, HELD) < count
             tl.store(scratch_ptr + blocks + at, tl.sum(above, 1).to(tl.int32, bitcast=True), mask=listed)
-            tl.store(scratch_ptr + 2 * blocks + at, tl.sum((key == threshold).to(tl.int32), 1), mask=listed)
+            tl.store(scratch_ptr + 2 * blocks + at, tl.sum((x == least).to(tl.int32), 1), mask=listed)
         tl.debug_barrier()
         mass = tl.load(scratch_ptr + blocks + b, mask=active, other=0).to(tl.float32, bitcast=True)
         equal = tl.load(scratch_ptr + 2 * blocks + b, mask=active, other=0)
@@ -233,10 +237,10 @@ def _draw(
     block, target = _first_above(mass, b, tl.cumsum(mass, 0), uniform)
     ids = block * N + tl.arange(0, N)
     x = tl.load(logits_ptr + ids, mask=ids < V, other=float("-inf")).to(tl.float32)
-    key, weight = key_of(x), weights_of(x, peak, scale)
-    same = (key == threshold).to(tl.int32)
+    weight = weights_of(x, peak, scale)
+    same = (x == least).to(tl.int32)
     tie = (same > 0) & (tl.cumsum(same, 0) <= tl.sum(tl.where(b == block, left, 0), 0))
-    kept = tl.where(((key > threshold) | tie) & (weight >= min_p), weight, 0.0)
+    kept = tl.where(((x > least) | tie) & (weight >= min_p), weight, 0.0)
     hit = (kept > 0) & (tl.cumsum(kept, 0) > target)
     token = tl.min(tl.where(hit, ids, V), 0)
     last = tl.max(tl.where(kept > 0, ids, 0), 0)
@@ -262,20 +266,13 @@ def compile_cases() -> list[CompileCase]:
     types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("top_k_ptr", "scratch_ptr", "token_ptr"), "*i32")
     types |= {"V": "i32", "blocks": "i32"}
     cases = []
-    for name, dtype in (("", "*fp32"), (" bfloat16", "*bf16")):
+    for name, dtype, shift in (("", "*fp32", 0), (" bfloat16", "*bf16", 16)):
         choose = types | {"logits_ptr": dtype}
         summary = {key: choose[key] for key in ("logits_ptr", "temperature_ptr", "tops_ptr", "sums_ptr", "V", "blocks")}
         for tile, warps in (_SUMMARY_FEW, _SUMMARY_MANY):
             cases += pdl_cases(
                 f"summarise_blocks {tile}{name}", summarise_blocks, summary, {"num_warps": warps}, N=_BLOCK, TILE=tile
             )
-        cases += pdl_cases(
-            f"choose_tokens{name}",
-            choose_tokens,
-            choose,
-            {"num_warps": _WARPS},
-            N=_BLOCK,
-            BP=MAX_TOKENS // _BLOCK,
-            HELD=_IN_REGISTERS,
-        )
+        shape = {"N": _BLOCK, "BP": MAX_TOKENS // _BLOCK, "HELD": _IN_REGISTERS, "SHIFT": shift}
+        cases += pdl_cases(f"choose_tokens{name}", choose_tokens, choose, {"num_warps": _WARPS}, **shape)
     return cases

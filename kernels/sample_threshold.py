@@ -4,7 +4,8 @@ Bisection over float bit patterns, exact, without a sort. Blocks' peaks and sums
 blocks reach the bound they are read once, into registers. Else passes over them compare with three thresholds at a
 time, first about those of a sample, until few blocks have tokens in the bracket that is left.
 
-Device functions that kernels/sample.py calls. Letters as there.
+Device functions that kernels/sample.py calls. Letters as there; keys are without the SHIFT lowest bits, which are the
+same in all logits of bfloat16.
 """
 
 import triton
@@ -14,7 +15,7 @@ import triton.language as tl
 @triton.jit
 def find_threshold(
     logits_ptr, top_keys, mass, peak, scale, target, tail, low, ties, scratch_ptr, V, blocks,
-    N: tl.constexpr, BP: tl.constexpr, HELD: tl.constexpr, COUNT: tl.constexpr,
+    N: tl.constexpr, BP: tl.constexpr, HELD: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """The largest key such that tokens from it up reach `target`, in number or in mass; how many equal to it are
     needed; and the mass of all these. With mass, tokens below it may weigh at most `tail`.
@@ -25,7 +26,7 @@ def find_threshold(
     b = tl.arange(0, BP)
     old_low, old_ties = low, ties
     low = tl.where(ties > 0, low, low + 1)
-    high = key_of(peak) + 1
+    high = key_of(peak, SHIFT) + 1
     count, weight = 0.0, 0.0
     # Bounds from blocks: as many tokens as blocks reach the peak of each; what lies below a key in a block weighs no
     # more than the block, nor than N times the key's weight.
@@ -33,26 +34,27 @@ def find_threshold(
     active = top_keys >= low
     number = tl.sum(active.to(tl.int32), 0)
     while (number > HELD) & (low + 1 < above) & (step < 16):
-        middle = _between(low, above, 0.5)
+        middle = _between(low, above, 0.5, SHIFT)
         if COUNT:
             below = tl.sum((top_keys >= middle).to(tl.float32), 0) >= target
         else:
-            below = tl.sum(tl.minimum(mass, N * weights_of(value_of(middle), peak, scale)), 0) <= tail * 0.9999
+            below = tl.sum(tl.minimum(mass, N * weights_of(value_of(middle, SHIFT), peak, scale)), 0) <= tail * 0.9999
         low, above = tl.where(below, middle, low), tl.where(below, above, middle)
         active = top_keys >= low
         number = tl.sum(active.to(tl.int32), 0)
         step += 1
     number = list_blocks(scratch_ptr, active, b)
-    first, third, step = low + 1, high - 1, 0
+    first, third, step = _between(low, high, 0.25, SHIFT), _between(low, high, 0.75, SHIFT), 0
     low_count, low_weight = -1.0, 0.0  # not known
-    if number > HELD:
+    if number > 4 * HELD:
         first, third = _estimate(
-            logits_ptr, scratch_ptr, number, low, high, peak, scale, target, tail, V, N, HELD, COUNT
+            logits_ptr, scratch_ptr, number, low, high, peak, scale, target, tail, V, N, HELD, SHIFT, COUNT
         )  # fmt: skip
-    second = _between(first, third, 0.5)
+    second = _between(first, third, 0.5, SHIFT)
     while (number > HELD) & (low + 1 < high):
         n1, n2, n3, w1, w2, w3 = _pass(
-            logits_ptr, scratch_ptr, number, low, first, second, third, high, peak, scale, V, blocks, N, HELD // 4
+            logits_ptr, scratch_ptr, number, low, first, second, third, high, peak, scale, V, blocks,
+            N, HELD // 4, SHIFT,
         )  # fmt: skip
         n1, n2, n3, w1, w2, w3 = n1 + count, n2 + count, n3 + count, w1 + weight, w2 + weight, w3 + weight
         if COUNT:
@@ -65,17 +67,19 @@ def find_threshold(
         low_weight = tl.where(up3, w3, tl.where(up2, w2, tl.where(up1, w1, low_weight)))
         count = tl.where(up3, count, tl.where(up2, n3, tl.where(up1, n2, n1)))
         weight = tl.where(up3, weight, tl.where(up2, w3, tl.where(up1, w2, w1)))
-        active &= tl.load(scratch_ptr + blocks + b, mask=active, other=0) > 0
+        numbers = tl.load(scratch_ptr + blocks + b, mask=active, other=0)
+        part = 8 * (up1.to(tl.int32) + up2.to(tl.int32) + up3.to(tl.int32))  # of the bracket, low or high
+        active &= ((numbers >> part) & 255) > tl.where(part == 24, 0, (numbers >> ((part + 8) & 31)) & 255)
         number = list_blocks(scratch_ptr, active, b)
         if COUNT:
             share = (low_count - target) / (low_count - count)
         else:
             share = (low_weight - target) / (low_weight - weight)
-        first, second, third = _three(low, high, share, low_count - count, step)
+        first, second, third = _three(low, high, share, low_count - count, step, SHIFT)
         step += 1
     if low + 1 < high:
         _, x = load_listed(logits_ptr, scratch_ptr, 0, number, V, HELD, N)
-        key = key_of(x)
+        key = key_of(x, SHIFT)
         inside = key < high
         if COUNT:
             worth, reached = tl.where(inside, 1.0, 0.0), count
@@ -87,8 +91,8 @@ def find_threshold(
             low, high = tl.where(below, middle, low), tl.where(below, high, middle)
         outside = inside & (key >= high)
         count += tl.sum(outside.to(tl.float32))
-        weight += tl.sum(tl.where(outside, weights_of(value_of(key), peak, scale), 0.0))
-    tie_weight = weights_of(value_of(low), peak, scale)
+        weight += tl.sum(tl.where(outside, weights_of(value_of(key, SHIFT), peak, scale), 0.0))
+    tie_weight = weights_of(value_of(low, SHIFT), peak, scale)
     if COUNT:
         ties = (target - count).to(tl.int32)
     else:
@@ -100,13 +104,13 @@ def find_threshold(
 @triton.jit
 def _estimate(
     logits_ptr, list_ptr, number, low, high, peak, scale, target, tail, V,
-    N: tl.constexpr, HELD: tl.constexpr, COUNT: tl.constexpr,
+    N: tl.constexpr, HELD: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Keys below and above the threshold, if a sample of the listed blocks is like all of them."""
     at = tl.load(list_ptr + tl.arange(0, HELD) * number // HELD)
     ids = at[:, None] * N + tl.arange(0, N)[None, :]
     x = tl.load(logits_ptr + ids, mask=ids < V, other=float("-inf")).to(tl.float32)
-    key, ratio = key_of(x), number.to(tl.float32) / HELD
+    key, ratio = key_of(x, SHIFT), number.to(tl.float32) / HELD
     if COUNT:
         worth = tl.where(key >= low, ratio, 0.0)
         margin = target * tl.minimum(3 * tl.sqrt(ratio / target), 0.5)
@@ -117,7 +121,7 @@ def _estimate(
         goal = tl.sum(worth) - tail
     first, above, third, beyond = low, high, low, high
     for _ in range(14):
-        one, two = _between(first, above, 0.5), _between(third, beyond, 0.5)
+        one, two = _between(first, above, 0.5, SHIFT), _between(third, beyond, 0.5, SHIFT)
         up1 = tl.sum(tl.where(key >= one, worth, 0.0)) >= goal + margin
         up2 = tl.sum(tl.where(key >= two, worth, 0.0)) >= goal - margin
         first, above = tl.where(up1, one, first), tl.where(up1, above, one)
@@ -129,32 +133,34 @@ def _estimate(
 @triton.jit
 def _pass(
     logits_ptr, scratch_ptr, number, low, first, second, third, high, peak, scale, V, blocks,
-    N: tl.constexpr, TILE: tl.constexpr,
+    N: tl.constexpr, TILE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Of the listed blocks: number and weight of tokens from each threshold up to `high`, and which blocks have tokens
-    in the bracket."""
-    packed = tl.zeros((TILE, N), tl.int32)  # three numbers of 10 bits: tiles are fewer than 1024
+    """Of the listed blocks: number and weight of tokens from each threshold up to `high`. And each block's four numbers
+    of tokens, from `low` and from the thresholds up, 8 bits each."""
+    start, end = value_of(low, SHIFT), value_of(high, SHIFT)
+    one, two, three = value_of(first, SHIFT), value_of(second, SHIFT), value_of(third, SHIFT)
+    n1, n2, n3 = tl.zeros((TILE,), tl.int32), tl.zeros((TILE,), tl.int32), tl.zeros((TILE,), tl.int32)
     w1, w2, w3 = tl.zeros((TILE, N), tl.float32), tl.zeros((TILE, N), tl.float32), tl.zeros((TILE, N), tl.float32)
-    for start in tl.range(0, number, TILE, num_stages=3):
-        at, x = load_listed(logits_ptr, scratch_ptr, start, number, V, TILE, N)
-        key, weight = key_of(x), weights_of(x, peak, scale)
-        inside = key < high
-        weight = tl.where(inside, weight, 0.0)
-        packed += tl.where(inside & (key >= first), 1, 0)
-        packed += tl.where(inside & (key >= second), 1 << 10, 0)
-        packed += tl.where(inside & (key >= third), 1 << 20, 0)
-        w1 += tl.where(key >= first, weight, 0.0)
-        w2 += tl.where(key >= second, weight, 0.0)
-        w3 += tl.where(key >= third, weight, 0.0)
-        has = tl.max((inside & (key >= low)).to(tl.int32), 1)
-        tl.store(scratch_ptr + blocks + at, has, mask=start + tl.arange(0, TILE) < number)
+    for place in tl.range(0, number, TILE, num_stages=3):
+        at, x = load_listed(logits_ptr, scratch_ptr, place, number, V, TILE, N)
+        x = tl.where(x < end, x, float("-inf"))
+        weight = weights_of(x, peak, scale)
+        w1 += tl.where(x >= one, weight, 0.0)
+        w2 += tl.where(x >= two, weight, 0.0)
+        w3 += tl.where(x >= three, weight, 0.0)
+        numbers = tl.where(x >= start, 1, 0) + tl.where(x >= one, 1 << 8, 0)
+        numbers = tl.sum(numbers + tl.where(x >= two, 1 << 16, 0) + tl.where(x >= three, 1 << 24, 0), 1)
+        n1 += (numbers >> 8) & 255
+        n2 += (numbers >> 16) & 255
+        n3 += (numbers >> 24) & 255
+        tl.store(scratch_ptr + blocks + at, numbers, mask=place + tl.arange(0, TILE) < number)
     tl.debug_barrier()
-    n1, n2, n3 = tl.sum(packed & 1023), tl.sum((packed >> 10) & 1023), tl.sum(packed >> 20)
-    return n1.to(tl.float32), n2.to(tl.float32), n3.to(tl.float32), tl.sum(w1), tl.sum(w2), tl.sum(w3)
+    n1, n2, n3 = tl.sum(n1).to(tl.float32), tl.sum(n2).to(tl.float32), tl.sum(n3).to(tl.float32)
+    return n1, n2, n3, tl.sum(w1), tl.sum(w2), tl.sum(w3)
 
 
 @triton.jit
-def _three(low, high, share, inside, step):
+def _three(low, high, share, inside, step, SHIFT: tl.constexpr):
     """Three keys in the bracket, which holds `inside` tokens, if that is known: every other time close to where a
     straight line puts the target, else the quarters; by value while the bracket is wide, then by key, which ends for
     any values."""
@@ -162,8 +168,8 @@ def _three(low, high, share, inside, step):
         line = (inside > 0) & (step % 2 == 0)
         spread = tl.where(line, tl.minimum(tl.maximum(2 * tl.rsqrt(tl.maximum(inside, 1.0)), 0.004), 0.25), 0.25)
         share = tl.where(line, tl.minimum(tl.maximum(share, spread), 1 - spread), 0.5)
-        first, third = _between(low, high, share - spread), _between(low, high, share + spread)
-        second = _between(low, high, share)
+        first, third = _between(low, high, share - spread, SHIFT), _between(low, high, share + spread, SHIFT)
+        second = _between(low, high, share, SHIFT)
     else:
         second = (low & high) + ((low ^ high) >> 1)
         first = tl.maximum((low & second) + ((low ^ second) >> 1), low + 1)
@@ -192,21 +198,22 @@ def load_listed(logits_ptr, list_ptr, start, number, V, TILE: tl.constexpr, N: t
 
 
 @triton.jit
-def _between(low, high, share):
-    key = key_of(value_of(low) * (1 - share) + value_of(high) * share)
+def _between(low, high, share, SHIFT: tl.constexpr):
+    key = key_of(value_of(low, SHIFT) * (1 - share) + value_of(high, SHIFT) * share, SHIFT)
     return tl.minimum(tl.maximum(key, low + 1), high - 1)
 
 
 @triton.jit
-def key_of(x):
-    """Integers in the order of floats; -0.0 equals 0.0."""
+def key_of(x, SHIFT: tl.constexpr):
+    """Integers in the order of floats, without their SHIFT lowest bits; -0.0 equals 0.0."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
 
 
 @triton.jit
-def value_of(key):
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+def value_of(key, SHIFT: tl.constexpr):
+    key = key << SHIFT
+    return (key ^ ((key >> 31) & (0x7FFFFFFF - ((1 << SHIFT) - 1)))).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -20,10 +20,10 @@ BLOCK = 8
 @triton.jit
 def threshold_of_a_row(
     logits_ptr, scratch_ptr, out_ptr, V, blocks, target, COUNT: tl.constexpr,
-    N: tl.constexpr, BP: tl.constexpr, HELD: tl.constexpr,
+    N: tl.constexpr, BP: tl.constexpr, HELD: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     ids = tl.arange(0, BP)[:, None] * N + tl.arange(0, N)[None, :]
-    x = tl.load(logits_ptr + ids, mask=ids < V, other=float("-inf"))
+    x = tl.load(logits_ptr + ids, mask=ids < V, other=float("-inf")).to(tl.float32)
     tops = tl.max(x, 1)
     peak = tl.max(tops, 0)
     mass = tl.sum(weights_of(x, peak, 1.4426950408889634), 1)
@@ -32,10 +32,10 @@ def threshold_of_a_row(
     if COUNT:
         goal = target
     low, ties, weight = find_threshold(
-        logits_ptr, key_of(tops), mass, peak, 1.4426950408889634, goal, total - goal, key_of(peak - 80.0), 0,
-        scratch_ptr, V, blocks, N, BP, HELD, COUNT,
+        logits_ptr, key_of(tops, SHIFT), mass, peak, 1.4426950408889634, goal, total - goal,
+        key_of(peak - 80.0, SHIFT), 0, scratch_ptr, V, blocks, N, BP, HELD, SHIFT, COUNT,
     )  # fmt: skip
-    tl.store(out_ptr, value_of(low))
+    tl.store(out_ptr, value_of(low, SHIFT))
     tl.store(out_ptr + 1, ties.to(tl.float32))
     tl.store(out_ptr + 2, weight / total)
 
@@ -53,13 +53,14 @@ def row_of(kind: str, vocabulary: int) -> Tensor:
     return x.float()
 
 
-def check(kind: str, vocabulary: int, target: float, count: bool, device: str) -> None:
-    x = row_of(kind, vocabulary)
+def check(kind: str, vocabulary: int, dtype: torch.dtype, target: float, count: bool, device: str) -> None:
+    x = row_of(kind, vocabulary).to(dtype)
     blocks = triton.cdiv(vocabulary, BLOCK)
     out, scratch = torch.empty(3, device=device), torch.empty(3, blocks, dtype=torch.int32, device=device)
     threshold_of_a_row[(1,)](
         x.to(device), scratch, out, vocabulary, blocks, target,
         COUNT=count, N=BLOCK, BP=triton.next_power_of_2(blocks), HELD=HELD,
+        SHIFT=16 if dtype == torch.bfloat16 else 0,
     )  # fmt: skip
     value, ties, share = out.cpu().tolist()
     ranked = x.double().sort(descending=True).values
@@ -76,11 +77,11 @@ def check(kind: str, vocabulary: int, target: float, count: bool, device: str) -
 KINDS = ["flat", "tied", "sorted", "two", "peak"]
 
 
-def check_many(kind: str, vocabulary: int, device: str) -> None:
+def check_many(kind: str, vocabulary: int, dtype: torch.dtype, device: str) -> None:
     for k in (1, 61, vocabulary // 3):
-        check(kind, vocabulary, float(k), True, device)
+        check(kind, vocabulary, dtype, float(k), True, device)
     for p in (0.01, 0.5, 0.99):
-        check(kind, vocabulary, p, False, device)
+        check(kind, vocabulary, dtype, p, False, device)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs here already")
@@ -90,13 +91,15 @@ def test_kernels_in_the_interpreter() -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_interpreted(kind: str) -> None:
-    check_many(kind, 600, "cpu")
+def test_interpreted(kind: str, dtype: torch.dtype) -> None:
+    check_many(kind, 600, dtype, "cpu")
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gpu(kind: str) -> None:
+def test_gpu(kind: str, dtype: torch.dtype) -> None:
     for vocabulary in (150, 5000, 16384):
-        check_many(kind, vocabulary, "cuda")
+        check_many(kind, vocabulary, dtype, "cuda")
