@@ -22,12 +22,15 @@ from moe_nvfp4.kernels.sample_threshold import find_threshold, key_of, list_bloc
 from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases, use_twin
 
 MAX_TOKENS: Final = 262144  # the largest V; a program holds the peaks of all blocks
+# On an H200 with 248320 float32 logits, a row alone takes 31.0 us with top_k 20 and top_p 0.8, 21.2 with top_p 0.9;
+# with blocks of 64, 128 of them in registers, 39.9 and 27.8; with 16 warps 34.3 and 23.1.
 _BLOCK: Final = 128
 _IN_REGISTERS: Final = 64  # blocks
 _WARPS: Final = 8
-_FEW: Final = 16  # rows
-# Blocks a program, and warps.
 _SHIFT: Final = {torch.float32: 0, torch.bfloat16: 16}  # bits that are the same in all logits
+_FEW: Final = 16  # rows
+# Blocks a program, and warps: 16 rows of bfloat16 take 5.1 us with these, 7.2 with (8, 4); 256 take 41 and, with
+# (16, 8), 47.
 _SUMMARY_FEW: Final = (16, 8)
 _SUMMARY_MANY: Final = (32, 4)
 
@@ -128,9 +131,9 @@ def logprobs(logits_BV: Tensor, token_ids_B: Tensor, k: int) -> Logprobs:
     least_B1 = logits_BV.topk(k, dim=1).values[:, -1:]
     above_BV, equal_BV = logits_BV > least_B1, logits_BV == least_B1
     places_B1 = k - above_BV.sum(dim=1, keepdim=True)
-    kept_BV = above_BV | (equal_BV & (equal_BV.cumsum(dim=1) <= places_B1))
-    ids_BK = torch.arange(logits_BV.shape[1], 0, -1, device=logits_BV.device).expand_as(kept_BV)
-    ids_BK = logits_BV.shape[1] - (ids_BK * kept_BV).topk(k, dim=1).values
+    kept_BV = above_BV | (equal_BV & (equal_BV.cumsum(dim=1, dtype=torch.int32) <= places_B1))
+    from_end_V = torch.arange(logits_BV.shape[1], 0, -1, dtype=torch.int32, device=logits_BV.device)
+    ids_BK = logits_BV.shape[1] - (from_end_V * kept_BV).topk(k, dim=1).values.long()
     values_BK, order_BK = logits_BV.gather(1, ids_BK).sort(dim=1, descending=True, stable=True)
     return Logprobs(chosen_B, ids_BK.gather(1, order_BK), values_BK - total_B1)
 
