@@ -1,0 +1,107 @@
+"""Inputs of gated delta layers, and what they should give, by the definition in float64, a row after the other."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_nvfp4.kernels.delta_net import DeltaInputs, DeltaState, DeltaWeights, Heads, delta_net
+from moe_nvfp4.kernels.nvfp4 import relative_error
+from moe_nvfp4.kernels.rows import Rows
+
+TAPS, EPS = 4, 1e-6
+SMALL = Heads(2, 4, 32, 16)
+QWEN = Heads(16, 32, 128, 128)
+# (slot, tokens before, rows) of each sequence
+DECODES = [(3, 7, 1), (1, 0, 1), (0, 2, 1), (4, 640, 1)]
+PREFILLS = [(2, 0, 70), (0, 5, 2), (1, 0, 128), (5, 1, 65)]
+STEPS = {"decode": DECODES, "prefill": PREFILLS, "mixed": [(3, 9, 1), (4, 0, 1), *PREFILLS]}
+
+
+class Layer(NamedTuple):
+    inputs: DeltaInputs
+    weights: DeltaWeights
+    state: DeltaState
+
+
+def layer(
+    heads: Heads, pieces: Sequence[tuple[int, int, int]], dtype: torch.dtype, device: str = "cpu", scale: float = 1.0
+) -> Layer:
+    """The inputs are columns of one wide tensor. Slots hold NaN where nothing may be read. `scale` is that of v."""
+    count = sum(rows for _, _, rows in pieces)
+    keys, values = heads.HK * heads.DK, heads.HV * heads.DV
+    channels = 2 * keys + values
+    wide = torch.randn(count, channels + values + 2 * heads.HV)
+    wide[:, 2 * keys : channels] *= scale
+    parts = wide.to(dtype).to(device).split((channels, values, heads.HV, heads.HV), dim=1)
+    weights = DeltaWeights(
+        conv=(torch.randn(channels, TAPS) / 2).to(dtype),
+        decay=-torch.rand(heads.HV) / 2,
+        step=torch.randn(heads.HV),
+        norm=(1 + torch.randn(heads.DV) / 4).to(dtype),
+    )
+    slots = 1 + max(slot for slot, _, _ in pieces)
+    conv = torch.full((slots, TAPS, channels), torch.nan)
+    recurrent = torch.full((slots, heads.HV, heads.DK, heads.DV), torch.nan)
+    for slot, before, _ in pieces:
+        if before:
+            recurrent[slot] = torch.randn(recurrent.shape[1:]) / 3 * scale
+            cells = torch.arange(max(0, before - TAPS), before) % TAPS
+            conv[slot, cells] = torch.randn(len(cells), channels)
+            conv[slot, cells, 2 * keys :] *= scale
+    state = DeltaState(conv.to(dtype).to(device), recurrent.to(device))
+    return Layer(DeltaInputs(*parts), DeltaWeights(*(x.to(device) for x in weights)), state)
+
+
+def copy(state: DeltaState) -> DeltaState:
+    return DeltaState(*(x.clone() for x in state))
+
+
+def reference(case: Layer, pieces: Sequence[tuple[int, int, int]], eps: float = EPS) -> tuple[Tensor, DeltaState]:
+    heads = case.state.heads
+    mixed, z, b, a = (x.cpu().double() for x in case.inputs)
+    conv, decay, step, norm = (x.cpu().double() for x in case.weights)
+    state = DeltaState(*(x.to("cpu", torch.float64, copy=True) for x in case.state))
+    out, row = torch.empty(len(mixed), heads.HV, heads.DV, dtype=torch.float64), 0
+    for slot, before, count in pieces:
+        ring, memory = state.conv[slot], state.recurrent[slot]
+        if before == 0:
+            memory[:] = 0
+        for position in range(before, before + count):
+            ring[position % TAPS] = mixed[row]
+            y = sum(ring[(position - j) % TAPS] * conv[:, TAPS - 1 - j] for j in range(min(TAPS, position + 1)))
+            q, k, v = (y * y.sigmoid()).split((heads.HK * heads.DK,) * 2 + (heads.HV * heads.DV,))
+            q, k = (x.view(heads.HK, heads.DK) for x in (q, k))
+            q, k = (x / (x.square().sum(1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+            for h in range(heads.HV):
+                q_h, k_h = q[h * heads.HK // heads.HV] / heads.DK**0.5, k[h * heads.HK // heads.HV]
+                memory[h] *= (decay[h] * (1 + (a[row, h] + step[h]).exp()).log()).exp()
+                missing = v.view(heads.HV, heads.DV)[h] - memory[h].T @ k_h
+                memory[h] += torch.outer(k_h, missing * b[row, h].sigmoid())
+                o = memory[h].T @ q_h
+                gate = z[row].view(heads.HV, heads.DV)[h]
+                out[row, h] = o / (o.square().mean() + eps).sqrt() * norm * gate * gate.sigmoid()
+            row += 1
+    return out.flatten(1), state
+
+
+def check(
+    heads: Heads,
+    pieces: Sequence[tuple[int, int, int]],
+    dtype: torch.dtype,
+    tolerance: float,
+    device: str = "cpu",
+    scale: float = 1.0,
+) -> None:
+    """Output, memories and rings; other slots, and cells of the ring that no row entered, keep their bits."""
+    case = layer(heads, pieces, dtype, device, scale)
+    expected, after = reference(case, pieces)
+    actual = delta_net(*case.inputs, case.weights, case.state, Rows.of(pieces, device), EPS)
+    assert actual.dtype == dtype
+    assert relative_error(actual.cpu(), expected) < tolerance
+    slots = [slot for slot, _, _ in pieces]
+    assert relative_error(case.state.recurrent[slots].cpu(), after.recurrent[slots]) < min(tolerance, 1.5e-3)
+    others = [slot for slot in range(len(after.recurrent)) if slot not in slots]
+    assert case.state.recurrent[others].isnan().all()
+    assert torch.equal(case.state.conv.cpu().double().nan_to_num(99.0), after.conv.nan_to_num(99.0))
