@@ -49,7 +49,7 @@ def delta_conv(mixed_TC: Tensor, conv_CK: Tensor, state: "DeltaState", rows: Row
     )
     convolve[(2 * heads.HK + heads.HV, triton.cdiv(rows.longest, CHUNK), sequences)](
         mixed_TC, conv_CK, state.conv, rows.slots, rows.starts, rows.lengths, *chunks,
-        mixed_TC.stride(0), *conv_CK.stride(),
+        mixed_TC.stride(0),
         **heads._asdict(), K=state.conv.shape[1], L=CHUNK, ASM=mixed_TC.is_cuda,
         num_warps=max(1, max(heads.DK, heads.DV) // 32), **launch_options(mixed_TC),
     )  # fmt: skip
@@ -59,7 +59,7 @@ def delta_conv(mixed_TC: Tensor, conv_CK: Tensor, state: "DeltaState", rows: Row
 @triton.jit
 def convolve(
     mixed_ptr, conv_ptr, ring_ptr, slots_ptr, starts_ptr, lengths_ptr, q_ptr, k_ptr, v_ptr, units_ptr,
-    stride_mixed, stride_channel, stride_tap,
+    stride_mixed,
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
     ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +78,7 @@ def convolve(
     place = (start // L + sequence + tl.program_id(1)).to(tl.int64)
     mixed_ptr += start.to(tl.int64) * stride_mixed
     ring_ptr += tl.load(slots_ptr + sequence).to(tl.int64) * (K * C)
-    source = (mixed_ptr, conv_ptr, ring_ptr, first, rows, before, stride_mixed, stride_channel, stride_tap)
+    source = (mixed_ptr, conv_ptr, ring_ptr, first, rows, before, stride_mixed)
     if head < HK:
         _store_keys(q_ptr + (place * HK + head) * (L * DK), source, head * DK, C, DK, K, L, ASM)
     elif head < 2 * HK:
@@ -123,7 +123,7 @@ def _rows(source, first_channel, C: tl.constexpr, D: tl.constexpr, K: tl.constex
 
     So each input is loaded once and stays in registers for K rows.
     """
-    mixed_ptr, conv_ptr, ring_ptr, first, rows, before, stride_mixed, stride_channel, stride_tap = source
+    mixed_ptr, conv_ptr, ring_ptr, first, rows, before, stride_mixed = source
     R: tl.constexpr = L // 8
     channel = (first_channel + tl.arange(0, D))[None, :]
     row = first + tl.arange(0, 8)[:, None] * R
@@ -143,7 +143,7 @@ def _rows(source, first_channel, C: tl.constexpr, D: tl.constexpr, K: tl.constex
         xs = xs + (x.to(tl.float32),)  # noqa: RUF005
         y = tl.zeros((8, D), tl.float32)
         for tap in tl.static_range(K):
-            y += xs[i + tap] * tl.load(conv_ptr + channel * stride_channel + tap * stride_tap).to(tl.float32)
+            y += xs[i + tap] * tl.load(conv_ptr + channel * K + tap).to(tl.float32)
         ys = ys + (silu(y, ASM),)  # noqa: RUF005
     return ys
 
@@ -162,12 +162,9 @@ def silu(x, ASM: tl.constexpr):
 
 
 def compile_cases() -> list[CompileCase]:
-    signature = dict.fromkeys(("mixed_ptr", "conv_ptr", "ring_ptr"), "*bf16")
-    signature |= dict.fromkeys(("slots_ptr", "starts_ptr", "lengths_ptr", "stride_mixed", "stride_tap"), "i32")
+    signature = dict.fromkeys(("mixed_ptr", "conv_ptr", "ring_ptr"), "*bf16") | {"stride_mixed": "i32"}
     signature |= dict.fromkeys(("slots_ptr", "starts_ptr", "lengths_ptr"), "*i32")
     signature |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*fp16") | {"units_ptr": "*fp32"}
-    sizes = {"HK": 16, "HV": 32, "DK": 128, "DV": 128, "K": 4, "L": CHUNK, "stride_channel": 1, "ASM": True}
-    return [
-        replace(case, divisible=("stride_mixed", "stride_tap"))
-        for case in pdl_cases("convolve", convolve, signature, {"num_warps": 4}, **sizes)
-    ]
+    sizes = {"HK": 16, "HV": 32, "DK": 128, "DV": 128, "K": 4, "L": CHUNK, "ASM": True}
+    cases = pdl_cases("convolve", convolve, signature, {"num_warps": 4}, **sizes)
+    return [replace(case, divisible=("stride_mixed",)) for case in cases]

@@ -7,7 +7,7 @@
 
 Value head h uses the query and key head h HK // HV. Everything is float32 until the output is rounded, once; the
 tensor cores of prefill take float16 operands (see delta_chunks.py). This file chooses: sequences with one row take
-one fused launch (delta_step.py), the others two (delta_chunks.py).
+one fused launch (delta_step.py), the others four (delta_conv.py, delta_chunks.py).
 
 Letters: T rows, C = 2 HK DK + HV DV channels, K taps of the convolution, H value heads.
 """

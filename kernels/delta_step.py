@@ -2,7 +2,8 @@
 
 The state [DK, DV] of the head stays in registers between its one read and its one write. A warp has all DK rows of
 its columns, so sums over DK need no barrier. Since (g S + k d^T)^T q = g S^T q + (k . q) d, both products with S are
-taken in the same pass, before d is known.
+taken in the same pass, before d is known. On an H200, 32 heads of 128 x 128: 3.1 µs for one sequence, 75 for 64, of
+which reading and writing the state at 4.5 TB/s would be 60; plain Triton, whose sums cross warps, took 5.0 and 91.
 
 On sm_90 and later the state, the ring of earlier inputs and the weights may be read before the launch before this one
 has ended, so that launch must not write them. Nobody reads the cell of the ring that is written, so the programs

@@ -27,7 +27,7 @@ def test_kernels_in_the_interpreter() -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [SMALL, Heads(1, 1, 16, 32)])
-@pytest.mark.parametrize("step", ["prefill", "mixed"])
+@pytest.mark.parametrize("step", ["prefill", "mixed", "decode"])
 def test_interpreted(step: str, heads: Heads, dtype: torch.dtype) -> None:
     check(heads, STEPS[step], dtype, TOLERANCES[dtype])
 

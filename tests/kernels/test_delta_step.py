@@ -1,8 +1,4 @@
-"""One row of each sequence: the fused launch against the definition in float64."""
-
-import os
-import subprocess
-import sys
+"""One row of each sequence: the fused launch against the definition in float64, on a GPU; Gluon has no interpreter."""
 
 import pytest
 import torch
@@ -12,25 +8,11 @@ from moe_nvfp4.kernels.delta_net import DeltaInputs, DeltaState, Heads, delta_ne
 from moe_nvfp4.kernels.nvfp4 import TOLERANCE, relative_error
 from moe_nvfp4.kernels.rows import Rows
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 def tolerance(dtype: torch.dtype) -> float:
     return TOLERANCE["float32" if dtype == torch.float32 else "bfloat16"]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs here already")
-def test_kernel_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
-    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", [SMALL, Heads(2, 2, 16, 32)])
-def test_interpreted(heads: Heads, dtype: torch.dtype) -> None:
-    check(heads, DECODES, dtype, tolerance(dtype))
 
 
 @pytest.mark.gpu
