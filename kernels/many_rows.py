@@ -16,12 +16,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_nvfp4.kernels.activation import activate, activate_tl
 from moe_nvfp4.kernels.compiling import ARCHITECTURES, CompileCase
 from moe_nvfp4.kernels.fragment_mma import pairs_of
 from moe_nvfp4.kernels.fragments import FragmentTensor, from_fragments
 from moe_nvfp4.kernels.many_rows_wgmma import down_wgmma, gate_up_wgmma
+from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases
 
 _TABLE_TILES: Final = 16  # tiles of one program of `arrange`
 _ARRANGE_BLOCKS: Final = 64  # blocks of 64 columns of one program of `arrange`
@@ -58,10 +60,11 @@ def routed_experts_many(
     x_arranged = x_TH.new_empty(num_rows, 64 * hidden_tiles)
     table = offsets.new_empty(3, max_tiles, dtype=torch.int32)
     blocks = triton.cdiv(num_rows * hidden_tiles, _ARRANGE_BLOCKS)
+    dependent = launch_options(x_TH)
     arrange[(triton.cdiv(max_tiles, _TABLE_TILES) + blocks,)](
         x_TH.contiguous(), x_arranged, offsets, table, num_rows, hidden, num_experts, max_tiles,
         TILES=hidden_tiles, EXPERTS=triton.next_power_of_2(num_experts), BN=bn, COUNT=_TABLE_TILES,
-        BLOCKS=_ARRANGE_BLOCKS,
+        BLOCKS=_ARRANGE_BLOCKS, **dependent,
     )  # fmt: skip
     h_SI = x_TH.new_empty(pairs, 64 * inner_tiles)
     y_SH = x_TH.new_empty(pairs, hidden)
@@ -69,7 +72,7 @@ def routed_experts_many(
     source = gate if gate is not None else up
     first, second = (gate_up_wgmma, down_wgmma) if wgmma else (gate_up_plain, down_plain)
     # Triton's interpreter has no bfloat16 dot.
-    extra = {} if wgmma else {"FP32": not x_TH.is_cuda}
+    extra = dependent if wgmma else {"FP32": not x_TH.is_cuda}
     first[(triton.cdiv(64 * inner_tiles, 16 * warps * halves), max_tiles)](
         x_arranged, *_parts(source), *_parts(up), order_S, table, h_SI, max_tiles, TOP=top, STRIPS=strips,
         TILES=hidden_tiles, COLUMNS=64 * inner_tiles, GATED=gate is not None, KIND=activation, W=warps, BN=bn,
@@ -81,7 +84,7 @@ def routed_experts_many(
     )  # fmt: skip
     block = min(1024, triton.next_power_of_2(hidden))
     weighted_sum[(num_rows, triton.cdiv(hidden, block))](
-        y_SH, expert_ids_TK.contiguous(), weights_TK.contiguous(), y_TH, hidden, TOP=top, BLOCK=block
+        y_SH, expert_ids_TK.contiguous(), weights_TK.contiguous(), y_TH, hidden, TOP=top, BLOCK=block, **dependent
     )
     return y_TH
 
@@ -136,8 +139,12 @@ def _tile_shape(mean_rows: float, wgmma: bool) -> tuple[int, int]:
 def arrange(
     x_ptr, arranged_ptr, offsets_ptr, table_ptr, num_rows, hidden, num_experts, max_tiles,
     TILES: tl.constexpr, EXPERTS: tl.constexpr, BN: tl.constexpr, COUNT: tl.constexpr, BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """First programs: (expert or -1, first pair, pairs) of COUNT tiles each. The others: x in fragment order."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     programs = tl.cdiv(max_tiles, COUNT)
     if tl.program_id(0) < programs:
         e = tl.arange(0, EXPERTS)
@@ -166,8 +173,13 @@ def arrange(
 
 
 @triton.jit
-def weighted_sum(y_pairs, ids_ptr, weights_ptr, y_ptr, hidden, TOP: tl.constexpr, BLOCK: tl.constexpr):
+def weighted_sum(
+    y_pairs, ids_ptr, weights_ptr, y_ptr, hidden, TOP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     """y[t] = sum over k, in order, of weights[t, k] * y_pairs[t, k]."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -313,14 +325,14 @@ def compile_cases() -> list[CompileCase]:
             first |= {"GATED": kind != "relu2", "KIND": kind, "W": 4, "BN": bn}
             second: dict[str, Any] = {"STRIPS": hidden // 16, "TILES": inner // 64, "COLUMNS": hidden, "W": 4, "BN": bn}
             functions = (gate_up_wgmma, down_wgmma) if wgmma else (gate_up_plain, down_plain)
-            plain = {} if wgmma else {"FP32": False}
+            extra = {"PDL": True} if wgmma else {"FP32": False}
             for function, signature, constexprs in zip(functions, (gate_up, down), (first, second), strict=True):
                 case = CompileCase(
                     name=f"{function.__name__} {name} {bn}",
                     function=function,
                     signature=signature,
-                    constexprs=constexprs | plain,
-                    options={"num_warps": 4},
+                    constexprs=constexprs | extra,
+                    options={"num_warps": 4, **({"launch_pdl": True} if wgmma else {})},
                     architectures=(90,) if wgmma else ARCHITECTURES,
                     allowed_spill=8 if bn in (16, 128) else 0,  # a register or two
                 )
@@ -328,8 +340,6 @@ def compile_cases() -> list[CompileCase]:
     sizes = {"num_rows": "i32", "hidden": "i32", "num_experts": "i32", "max_tiles": "i32"}
     pointers = {"x_ptr": "*bf16", "arranged_ptr": "*bf16", "offsets_ptr": "*i32", "table_ptr": "*i32"}
     table = {"TILES": 32, "EXPERTS": 256, "BN": 64, "COUNT": _TABLE_TILES, "BLOCKS": _ARRANGE_BLOCKS}
-    cases.append(CompileCase(name="arrange", function=arrange, signature=pointers | sizes, constexprs=table))
+    cases += pdl_cases("arrange", arrange, pointers | sizes, {}, **table)
     pointers = {"y_pairs": "*bf16", "ids_ptr": "*i32", "weights_ptr": "*fp32", "y_ptr": "*bf16", "hidden": "i32"}
-    sums = {"TOP": 8, "BLOCK": 1024}
-    cases.append(CompileCase(name="weighted_sum", function=weighted_sum, signature=pointers, constexprs=sums))
-    return cases
+    return cases + pdl_cases("weighted_sum", weighted_sum, pointers, {}, TOP=8, BLOCK=1024)

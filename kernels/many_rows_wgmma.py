@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_nvfp4.kernels.activation import activate_gl
 from moe_nvfp4.kernels.fragment_mma import only_dim, operand, word_layout
@@ -229,10 +230,13 @@ def _gate_up_tile(
 def gate_up_wgmma(
     x_ptr, gate_w, gate_s, gate_g, up_w, up_s, up_g, order_ptr, table_ptr, h_ptr, max_tiles,
     TOP: gl.constexpr, STRIPS: gl.constexpr, TILES: gl.constexpr, COLUMNS: gl.constexpr, GATED: gl.constexpr,
-    KIND: gl.constexpr, W: gl.constexpr, BN: gl.constexpr,
+    KIND: gl.constexpr, W: gl.constexpr, BN: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """As gate_up_plain; a tile with few pairs takes a narrower product."""
     tile = gl.program_id(1)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     expert = gl.load(table_ptr + tile).to(gl.int64)
     if expert >= 0:
         begin = gl.load(table_ptr + max_tiles + tile)
@@ -279,9 +283,13 @@ def _down_tile(
 def down_wgmma(
     h_ptr, down_w, down_s, down_g, order_ptr, table_ptr, y_ptr, max_tiles,
     STRIPS: gl.constexpr, TILES: gl.constexpr, COLUMNS: gl.constexpr, W: gl.constexpr, BN: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """As down_plain; a tile with few pairs takes a narrower product."""
     tile = gl.program_id(1)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     expert = gl.load(table_ptr + tile).to(gl.int64)
     if expert >= 0:
         begin = gl.load(table_ptr + max_tiles + tile)

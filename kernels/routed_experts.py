@@ -13,19 +13,20 @@ from torch.nn import functional as F
 from moe_nvfp4.kernels.activation import activate
 from moe_nvfp4.kernels.few_rows import routed_experts_pairs
 from moe_nvfp4.kernels.fragments import FragmentTensor, from_fragments
-from moe_nvfp4.kernels.grouped_rows import routed_experts_grouped
+from moe_nvfp4.kernels.grouped_rows import routed_experts_grouped, run_for
 from moe_nvfp4.kernels.many_rows import routed_experts_many
 from moe_nvfp4.kernels.nvfp4 import NVFP4Tensor
 from moe_nvfp4.kernels.sort_pairs import sort_pairs, sort_pairs_twin
 
 ExpertWeight = NVFP4Tensor | FragmentTensor
 
-# One H200, layers of Qwen3.6 and Gemma-4: a program for each pair wins up to four rows (24 us against 26, 42 against
-# 45), grouping from six on, where rows begin to share experts.
-MOST_ROWS_BY_PAIRS = 4
-# Pairs per expert up to which eight rows at a time keep up with tiles of rows: at eight, 192 us against 183 (Qwen3.6,
-# 256 rows) and 330 against 182 (Gemma-4); at four and below grouping reads each weight once and is ahead.
-MOST_PAIRS_GROUPED = 6
+# Pairs to an expert up to which each has programs of its own: below that rows seldom share experts. One H200, us:
+# Qwen3.6, 8 rows (0.25) 34.4 against 35.6 and 3 of sorting; Gemma-4, 4 rows (0.25) 36 against 41 and sorting, 8 rows
+# 66 against 55 and sorting.
+MOST_PAIRS_APART = 0.25
+# Pairs to an expert up to which runs of 8 or 16 keep up with tiles of rows: Qwen3.6, 256 rows (8) 148 against 179;
+# Gemma-4, 128 rows (8) 148 against 169, 256 rows (16) 202 against 178.
+MOST_PAIRS_GROUPED = 11
 
 
 def routed_experts(
@@ -43,12 +44,13 @@ def routed_experts(
         return routed_experts_twin(x_TH, gate, up, down, expert_ids_TK, weights_TK, activation)
     assert gate is None or isinstance(gate, FragmentTensor)
     ids = expert_ids_TK.int()
-    if x_TH.shape[0] <= MOST_ROWS_BY_PAIRS:
-        return routed_experts_pairs(x_TH, gate, up, down, ids, weights_TK, activation)
     experts = up.words.shape[0]
-    pairs = sort_pairs(ids, experts)
+    if x_TH.shape[0] == 1 or ids.numel() <= MOST_PAIRS_APART * experts:
+        return routed_experts_pairs(x_TH, gate, up, down, ids, weights_TK, activation)
     if ids.numel() > MOST_PAIRS_GROUPED * experts:
+        pairs = sort_pairs(ids, experts, ids.numel())  # tiles of rows are cut from the offsets
         return routed_experts_many(x_TH, gate, up, down, ids, weights_TK, pairs.order, pairs.offsets, activation)
+    pairs = sort_pairs(ids, experts, run_for(ids.numel(), experts))
     return routed_experts_grouped(x_TH, gate, up, down, ids, weights_TK, pairs, activation)
 
 
@@ -68,7 +70,7 @@ def routed_experts_twin(
     """
     top, experts = expert_ids_TK.shape[1], up.global_scale.shape[0]
     shares = torch.zeros(x_TH.shape[0] * top, x_TH.shape[1], dtype=torch.float32, device=x_TH.device)
-    order, offsets, _ = sort_pairs_twin(expert_ids_TK.int(), experts)
+    order, offsets, *_ = sort_pairs_twin(expert_ids_TK.int(), experts)
     for expert, (begin, end) in enumerate(pairwise(offsets.tolist())):
         if begin == end:
             continue

@@ -1,7 +1,10 @@
 """Pairs (row, choice) grouped by expert. Up to 4096 pairs a program for each expert looks at all ids; beyond, blocks of
 pairs are counted, and a second launch adds the counts up and writes the order.
 
-Letters: T rows, K choices of a row, N = T K pairs, E experts.
+A run is some adjacent pairs of one expert: a program of a kernel that reads weights. An expert with many pairs is many
+runs, so that none takes long.
+
+Letters: T rows, K choices of a row, N = T K pairs, E experts, R at most so many runs.
 """
 
 from typing import Any, Final, NamedTuple
@@ -24,22 +27,22 @@ _MAX_BLOCKS: Final = 128  # of which each program of the second launch reads the
 class SortedPairs(NamedTuple):
     order: Tensor  # int32 [T K]: indices row K + k, stable by expert, pairs with id -1 last
     offsets: Tensor  # int32 [E + 1]: pairs of expert e are order[offsets[e]:offsets[e + 1]]
-    active: Tensor  # int32 [min(E, T K)]: experts that have pairs, ascending, then -1
+    runs: Tensor  # int32 [3, R]: expert, first index into `order`, and number of pairs of each run; then -1, 0, 0
+    run: int  # most pairs of a run
 
 
-def sort_pairs(expert_ids_TK: Tensor, num_experts: int) -> SortedPairs:
+def sort_pairs(expert_ids_TK: Tensor, num_experts: int, run: int = 8) -> SortedPairs:
     """Ids are int32, -1 or 0 to E - 1; a row may name an expert twice."""
     if use_twin(expert_ids_TK):
-        return sort_pairs_twin(expert_ids_TK, num_experts)
+        return sort_pairs_twin(expert_ids_TK, num_experts, run)
     ids, num_pairs = expert_ids_TK.contiguous(), expert_ids_TK.numel()
-    pairs = SortedPairs(
-        ids.new_empty(num_pairs), ids.new_empty(num_experts + 1), ids.new_empty(min(num_experts, num_pairs))
-    )
+    num_runs = most_runs(num_pairs, num_experts, run)
+    pairs = SortedPairs(ids.new_empty(num_pairs), ids.new_empty(num_experts + 1), ids.new_empty(3, num_runs), run)
     padded, options = triton.next_power_of_2(num_experts), launch_options(ids)
     for block, warps in _ONE_LAUNCH:
         if num_pairs <= block:
             group_pairs[(num_experts + 2,)](
-                ids, *pairs, num_pairs, pairs.active.numel(), E=num_experts, EP=padded, BN=block,
+                ids, *pairs[:3], num_pairs, num_runs, run, E=num_experts, EP=padded, BN=block,
                 num_warps=warps, **options,
             )  # fmt: skip
             return pairs
@@ -50,21 +53,29 @@ def sort_pairs(expert_ids_TK: Tensor, num_experts: int) -> SortedPairs:
         ids, counts, ranks, num_pairs, chunks, E=num_experts, EP=padded, B=_BLOCK, num_warps=4, **options
     )
     scatter_pairs[(blocks,)](
-        ids, counts, ranks, *pairs, num_pairs, chunks, blocks, pairs.active.numel(),
+        ids, counts, ranks, *pairs[:3], num_pairs, chunks, blocks, num_runs, run,
         E=num_experts, EP=padded, B=_BLOCK, BB=_count_rows(padded), num_warps=8, **options,
     )  # fmt: skip
     return pairs
 
 
-def sort_pairs_twin(expert_ids_TK: Tensor, num_experts: int) -> SortedPairs:
+def sort_pairs_twin(expert_ids_TK: Tensor, num_experts: int, run: int = 8) -> SortedPairs:
     flat = expert_ids_TK.flatten().long()
     keys = torch.where(flat < 0, num_experts, flat)
     experts = torch.arange(num_experts, device=keys.device)
     counts = (keys[:, None] == experts).sum(dim=0)
     offsets = torch.cat((counts.new_zeros(1), counts.cumsum(dim=0)))
-    active = torch.where(counts > 0, experts, num_experts).sort().values[: min(num_experts, keys.numel())]
-    active = torch.where(active == num_experts, -1, active)
-    return SortedPairs(keys.argsort(stable=True).int(), offsets.int(), active.int())
+    runs = torch.zeros(3, most_runs(keys.numel(), num_experts, run), dtype=torch.int32, device=keys.device)
+    runs[0] = -1
+    expert = experts.repeat_interleave((counts + run - 1) // run)
+    nth = torch.arange(len(expert), device=keys.device) - torch.searchsorted(expert, expert)
+    listed = torch.stack((expert, offsets[expert] + nth * run, (counts[expert] - nth * run).clamp(max=run)))
+    runs[:, : len(expert)] = listed.int()
+    return SortedPairs(keys.argsort(stable=True).int(), offsets.int(), runs, run)
+
+
+def most_runs(num_pairs: int, num_experts: int, run: int) -> int:
+    return num_pairs // run + min(num_experts, num_pairs)
 
 
 def use_twin(tensor: Tensor) -> bool:
@@ -84,7 +95,7 @@ def _count_rows(padded: int) -> int:
 
 @triton.jit
 def group_pairs(
-    ids_ptr, order_ptr, offsets_ptr, active_ptr, N, active_size,
+    ids_ptr, order_ptr, offsets_ptr, runs_ptr, N, num_runs, run,
     E: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program 0 counts the experts, 1 + e places the pairs of expert e, and 1 + E those with id -1."""
@@ -95,7 +106,7 @@ def group_pairs(
     ids = tl.load(ids_ptr + n, mask=n < N, other=-1)
     if tl.program_id(0) == 0:
         counts = tl.histogram(tl.maximum(ids, 0), EP, mask=ids >= 0)
-        _store_summary(counts, offsets_ptr, active_ptr, active_size, E, EP)
+        _store_summary(counts, offsets_ptr, runs_ptr, num_runs, run, E, EP)
     else:
         expert = tl.program_id(0) - 1
         keys = tl.where(n < N, tl.where(ids < 0, E, ids), E + 1)
@@ -105,13 +116,25 @@ def group_pairs(
 
 
 @triton.jit
-def _store_summary(counts, offsets_ptr, active_ptr, active_size, E: tl.constexpr, EP: tl.constexpr):
+def _store_summary(counts, offsets_ptr, runs_ptr, num_runs, run, E: tl.constexpr, EP: tl.constexpr):
     e = tl.arange(0, EP)
-    tl.store(offsets_ptr + e + 1, tl.cumsum(counts, 0), mask=e < E)
+    ends = tl.cumsum(counts, 0)
+    tl.store(offsets_ptr + e + 1, ends, mask=e < E)
     tl.store(offsets_ptr + e, tl.zeros((EP,), tl.int32), mask=e == 0)
-    has = (counts > 0).to(tl.int32)
-    tl.store(active_ptr + tl.cumsum(has, 0) - has, e, mask=has > 0)
-    tl.store(active_ptr + e, tl.full((EP,), -1, tl.int32), mask=(e >= tl.sum(has)) & (e < active_size))
+    mine = (counts + run - 1) // run
+    last = tl.cumsum(mine, 0)
+    to, begins = runs_ptr + last - mine, ends - counts
+    for nth in range(tl.max(mine)):
+        live = nth < mine
+        tl.store(to + nth, e, mask=live)
+        tl.store(to + num_runs + nth, begins + nth * run, mask=live)
+        tl.store(to + 2 * num_runs + nth, tl.minimum(counts - nth * run, run), mask=live)
+    used = tl.sum(mine)
+    for first in range(used, num_runs, EP):
+        live = first + e < num_runs
+        tl.store(runs_ptr + first + e, tl.full((EP,), -1, tl.int32), mask=live)
+        tl.store(runs_ptr + num_runs + first + e, tl.zeros((EP,), tl.int32), mask=live)
+        tl.store(runs_ptr + 2 * num_runs + first + e, tl.zeros((EP,), tl.int32), mask=live)
 
 
 @triton.jit
@@ -139,7 +162,7 @@ def count_pairs(
 
 @triton.jit
 def scatter_pairs(
-    ids_ptr, counts_ptr, ranks_ptr, order_ptr, offsets_ptr, active_ptr, N, chunks, blocks, active_size,
+    ids_ptr, counts_ptr, ranks_ptr, order_ptr, offsets_ptr, runs_ptr, N, chunks, blocks, num_runs, run,
     E: tl.constexpr, EP: tl.constexpr, B: tl.constexpr, BB: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A pair's place: pairs of smaller experts, of its expert in earlier blocks, and in its block before it."""
@@ -156,7 +179,7 @@ def scatter_pairs(
         total += tl.sum(counts, 0)
         earlier += tl.sum(tl.where((row < block)[:, None], counts, 0), 0)
     if block == 0:
-        _store_summary(total, offsets_ptr, active_ptr, active_size, E, EP)
+        _store_summary(total, offsets_ptr, runs_ptr, num_runs, run, E, EP)
     start = block * chunks * B
     absent = tl.sum(total) + start - tl.sum(earlier)
     base = tl.cumsum(total, 0) - total + earlier
@@ -169,8 +192,8 @@ def scatter_pairs(
 
 
 def compile_cases() -> list[CompileCase]:
-    pairs = dict.fromkeys(("ids_ptr", "order_ptr", "offsets_ptr", "active_ptr"), "*i32")
-    pairs |= {"N": "i32", "active_size": "i32"}
+    pairs = dict.fromkeys(("ids_ptr", "order_ptr", "offsets_ptr", "runs_ptr"), "*i32")
+    pairs |= {"N": "i32", "num_runs": "i32", "run": "i32"}
     work = dict.fromkeys(("ids_ptr", "counts_ptr", "ranks_ptr"), "*i32") | {"N": "i32", "chunks": "i32"}
     cases = []
     for block, warps in _ONE_LAUNCH:

@@ -1,6 +1,6 @@
 """Shapes of public checkpoints, and random weights, rows and routings in them, made on the GPU."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from moe_nvfp4.kernels.dense_rows import DenseWeight, Kind
 from moe_nvfp4.kernels.fragments import COLUMNS, ROWS, FragmentTensor
 from moe_nvfp4.kernels.nvfp4 import FP8Tensor
 
-Popularity = Literal["uniform", "zipf", "one"]
+Popularity = Literal["uniform", "zipf", "one", "shared"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +86,21 @@ def random_dense(kind: Kind, rows: int, columns: int) -> DenseWeight:
     return FP8Tensor(values, 0.005 + 0.01 * torch.rand(rows, device="cuda"))
 
 
+def routed_shape(shape: Shape, popularity: Popularity) -> Shape:
+    """With a shared expert as one more expert, which the router does not know."""
+    return replace(shape, experts=shape.experts + 1, top=shape.top + 1) if popularity == "shared" else shape
+
+
 def random_routing(tokens: int, shape: Shape, popularity: Popularity) -> Routing:
-    """Distinct experts for each row: equally likely, by 1 / rank in a random order, or the same for all rows."""
+    """Distinct experts for each row: equally likely, by 1 / rank in a random order, or the same for all rows.
+
+    "shared" is uniform but for the last expert, which every row has.
+    """
     chance = torch.zeros(shape.experts, device="cuda")
     if popularity == "zipf":
         chance = -torch.arange(1, shape.experts + 1, device="cuda").log()[torch.randperm(shape.experts, device="cuda")]
+    if popularity == "shared":
+        chance[-1] = 100.0
     noise = torch.rand(1 if popularity == "one" else tokens, shape.experts, device="cuda")
     ids = (chance - (-noise.log()).log()).topk(shape.top).indices.int().expand(tokens, -1)
     return Routing(ids.contiguous(), torch.rand(tokens, shape.top, device="cuda").softmax(dim=-1))

@@ -20,10 +20,11 @@ from moe_nvfp4.kernels.dense import dense_linear
 from moe_nvfp4.kernels.dense_rows import DenseWeight
 from moe_nvfp4.kernels.few_rows import routed_experts_pairs
 from moe_nvfp4.kernels.fragments import ROWS, FragmentTensor, from_fragments
-from moe_nvfp4.kernels.grouped_rows import routed_experts_grouped
+from moe_nvfp4.kernels.grouped_rows import routed_experts_grouped, run_for
 from moe_nvfp4.kernels.many_rows import routed_experts_many
 from moe_nvfp4.kernels.nvfp4 import FP8Tensor, relative_error
 from moe_nvfp4.kernels.route import route
+from moe_nvfp4.kernels.routed_experts import routed_experts
 from moe_nvfp4.kernels.sort_pairs import SortedPairs, sort_pairs, sort_pairs_twin
 from moe_nvfp4.launch.bench_data import (
     SHAPES,
@@ -34,6 +35,7 @@ from moe_nvfp4.launch.bench_data import (
     random_dense,
     random_experts,
     random_routing,
+    routed_shape,
 )
 from moe_nvfp4.launch.bench_peers import peer_layer
 from moe_nvfp4.launch.bench_timing import Ceilings, Timing, graph_time, measure_ceilings
@@ -44,14 +46,21 @@ CHECKED_OUTPUTS: Final = 2048  # of a dense weight with more than twice so many,
 L2_MULTIPLE: Final = 3
 GRAPH_CALLS: Final = 32  # at least, for up to LONG_ROWS rows: the launch of a graph costs some microseconds too
 LONG_ROWS: Final = 256
-# Fewest and most rows for which a kernel is timed; each is made for a part of them.
-ROWS_OF: Final = {"experts, pairs": (1, 64), "experts, grouped": (2, 512), "experts, many": (8, 1 << 30)}
+# Fewest and most rows for which a kernel is timed; each is made for a part of them. The last one chooses among them,
+# and sorts.
+ROWS_OF: Final = {
+    "experts, pairs": (1, 16),
+    "experts, grouped": (2, 512),
+    "experts, many": (64, 1 << 30),
+    "experts": (1, 1 << 30),
+}
 
 Runner = Callable[[Experts, Tensor, Routing, SortedPairs, str], Tensor]
 RUNNERS: Final[dict[str, Runner]] = {
     "experts, pairs": lambda w, x, r, p, act: routed_experts_pairs(x, *w, *r, activation=act),
     "experts, grouped": lambda w, x, r, p, act: routed_experts_grouped(x, *w, *r, p, activation=act),
     "experts, many": lambda w, x, r, p, act: routed_experts_many(x, *w, *r, p.order, p.offsets, activation=act),
+    "experts": lambda w, x, r, p, act: routed_experts(x, *w, *r, activation=act),
 }
 
 
@@ -121,7 +130,7 @@ def bench_kernels(
 def routing_cases(
     name: str, tokens: Sequence[int], popularity: Popularity, compare: str | None, l2_bytes: int
 ) -> Iterator[Result]:
-    shape = SHAPES[name]
+    shape, routed = SHAPES[name], routed_shape(SHAPES[name], popularity)
     size = 2 * shape.experts * shape.hidden
     routers = [
         torch.randn(shape.experts, shape.hidden, dtype=torch.bfloat16, device="cuda") / shape.hidden**0.5
@@ -132,24 +141,27 @@ def routing_cases(
         bytes_ = size + x.nbytes + 8 * rows * shape.top
         calls = [partial(route, x, router, shape.top, normalise=True) for router in routers]
         yield _timed(name, "route", rows, _route_error(x, routers[0], shape), calls, bytes_, 1.0 * size * rows)
-        ids = [random_routing(rows, shape, popularity).expert_ids_TK for _ in range(8)]
-        exact = all(map(torch.equal, sort_pairs(ids[0], shape.experts), sort_pairs_twin(ids[0], shape.experts)))
-        sorts = [partial(sort_pairs, i, shape.experts) for i in ids]
+        ids = [random_routing(rows, routed, popularity).expert_ids_TK for _ in range(8)]
+        run = _run(rows, routed)
+        found, wanted = sort_pairs(ids[0], routed.experts, run), sort_pairs_twin(ids[0], routed.experts, run)
+        exact = all(map(torch.equal, found[:3], wanted[:3]))
+        sorts = [partial(sort_pairs, i, routed.experts, run) for i in ids]
         yield _timed(name, "sort", rows, 0.0 if exact else math.inf, sorts, 8 * rows * shape.top, 0.0)
 
 
 def expert_cases(
     name: str, tokens: Sequence[int], popularity: Popularity, compare: str | None, l2_bytes: int
 ) -> Iterator[Result]:
-    shape = SHAPES[name]
+    shape = routed_shape(SHAPES[name], popularity)
     sets = [random_experts(shape)]
     sets += [random_experts(shape) for _ in range(_sets(sets[0].nbytes, l2_bytes) - 1)]
     peer = peer_layer(compare, shape, len(sets))
     for rows in tokens:
         x = _rows(rows, shape)
         routings = [random_routing(rows, shape, popularity) for _ in range(32 if rows <= 64 else 8)]
-        pairs = [sort_pairs(r.expert_ids_TK, shape.experts) for r in routings]
-        distinct = sum(int((p.active >= 0).sum()) for p in pairs) / len(pairs)
+        run_length = _run(rows, shape)
+        pairs = [sort_pairs(r.expert_ids_TK, shape.experts, run_length) for r in routings]
+        distinct = sum(len(r.expert_ids_TK.unique()) for r in routings) / len(routings)
         bytes_ = distinct * sets[0].nbytes / shape.experts + 2 * x.nbytes
         flops = 2.0 * rows * shape.top * shape.projections * shape.hidden * shape.inner
         checked = torch.randperm(rows, device="cuda")[:CHECKED_ROWS]
@@ -191,6 +203,11 @@ def _timed(
 def _sets(nbytes: int, l2_bytes: int) -> int:
     free = torch.cuda.mem_get_info()[0]
     return max(1, min(2 + L2_MULTIPLE * l2_bytes // nbytes, free // 3 // nbytes))
+
+
+def _run(rows: int, shape: Shape) -> int:
+    pairs, most = rows * shape.top, ROWS_OF["experts, grouped"][1]
+    return run_for(pairs, shape.experts) if rows <= most else pairs
 
 
 def _rows(rows: int, shape: Shape) -> Tensor:

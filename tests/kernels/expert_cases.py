@@ -38,6 +38,9 @@ CASES = [
     Case(8, 1, 128, 64, 12),
     Case(1, 1, 128, 64, 3),
     Case(8, 2, 256, 128, 40, routing="one"),
+    Case(12, 9, 512, 512, 6),  # more experts than a program of `down` has warps: whole experts one by one,
+    Case(12, 9, 512, 704, 5, routing="holes"),  # or slices that begin within one
+    Case(32, 5, 320, 192, 21),  # strips that are no multiple of warps
     Case(8, 3, 256, 128, 17, routing="holes"),
     Case(8, 2, 256, 192, 6, "swiglu_clamped"),
     Case(8, 4, 512, 256, 8, scales="extreme"),

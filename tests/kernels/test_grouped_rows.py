@@ -11,11 +11,12 @@ from moe_nvfp4.kernels.sort_pairs import sort_pairs_twin
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.parametrize("run", [8, 16])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_the_reference(case: Case) -> None:
+def test_equals_the_reference(case: Case, run: int) -> None:
     inputs = make(case, "cuda")
     weights = inputs.fragments()
-    grouped = sort_pairs_twin(inputs.ids, case.experts)
+    grouped = sort_pairs_twin(inputs.ids, case.experts, run)
     actual = routed_experts_grouped(inputs.x, *weights, inputs.ids, inputs.weights, grouped, case.activation)
     assert relative_error(actual, reference(inputs, case.activation)) < 1e-2
     again = routed_experts_grouped(inputs.x, *weights, inputs.ids, inputs.weights, grouped, case.activation)
@@ -44,7 +45,7 @@ def test_captured_in_a_graph() -> None:
     other = make(case, "cuda", seed=5)
     for target, source in ((inputs.x, other.x), (inputs.ids, other.ids), (inputs.weights, other.weights)):
         target.copy_(source)
-    for target, source in zip(grouped, sort_pairs_twin(other.ids, 32), strict=True):
+    for target, source in zip(grouped[:3], sort_pairs_twin(other.ids, 32)[:3], strict=True):
         target.copy_(source)
     graph.replay()
     assert relative_error(captured, reference(inputs, "silu")) < 1e-2

@@ -31,9 +31,10 @@ def random_ids(rows: int, choices: int, experts: int, absent: float) -> torch.Te
     return torch.where(torch.rand(rows, choices) < absent, -1, ids)
 
 
-def check(ids: torch.Tensor, experts: int) -> None:
-    pairs, expected = sort_pairs(ids, experts), sort_pairs_twin(ids, experts)
-    for name, actual, wanted in zip(pairs._fields, pairs, expected, strict=True):
+def check(ids: torch.Tensor, experts: int, run: int) -> None:
+    pairs, expected = sort_pairs(ids, experts, run), sort_pairs_twin(ids, experts, run)
+    assert pairs.run == run
+    for name, actual, wanted in zip(pairs._fields[:3], pairs[:3], expected[:3], strict=True):
         assert actual.dtype == torch.int32, name
         assert torch.equal(actual, wanted), name
 
@@ -50,16 +51,21 @@ def test_twin(rows: int, choices: int, experts: int, absent: float) -> None:
     assert pairs.order[:valid].tolist() == order
     assert pairs.offsets.tolist() == [0, *accumulate(map(len, wanted))]
     assert (ids.flatten()[pairs.order[valid:].long()] == -1).all()
-    present = ids.unique()
-    present = present[present >= 0]
-    assert torch.equal(pairs.active[: len(present)], present)
-    assert pairs.active.shape == (min(experts, ids.numel()),)
-    assert (pairs.active[len(present) :] == -1).all()
+    assert pairs.runs.shape == (3, ids.numel() // 8 + min(experts, ids.numel()))
+    listed = []
+    for expert, begin, count in pairs.runs.T.tolist():
+        if expert < 0:
+            assert (begin, count) == (0, 0)
+        else:
+            assert 0 < count <= 8 and begin == len(listed)
+            listed += order[begin : begin + count]
+            assert set(order[begin : begin + count]) <= set(wanted[expert])
+    assert listed == order
 
 
 def test_no_rows() -> None:
     pairs = sort_pairs(torch.empty(0, 8, dtype=torch.int32), 4)
-    assert pairs.order.shape == (0,) and pairs.active.shape == (0,)
+    assert pairs.order.shape == (0,) and pairs.runs.shape == (3, 0)
     assert pairs.offsets.tolist() == [0] * 5
 
 
@@ -72,10 +78,11 @@ def test_kernels_in_the_interpreter() -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("rows, choices, experts, absent", [*CASES, *LARGE[:1]])
 def test_interpreted(rows: int, choices: int, experts: int, absent: float) -> None:
-    check(random_ids(rows, choices, experts, absent), experts)
+    check(random_ids(rows, choices, experts, absent), experts, 8)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows, choices, experts, absent", [*CASES, *LARGE])
 def test_gpu(rows: int, choices: int, experts: int, absent: float) -> None:
-    check(random_ids(rows, choices, experts, absent).cuda(), experts)
+    for run in (8, 128):
+        check(random_ids(rows, choices, experts, absent).cuda(), experts, run)
