@@ -59,18 +59,21 @@ def graph_time(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) ->
     return Timing(statistics.median(times), min(times), max(times))
 
 
+def measure_read() -> float:
+    """Bytes a second of a reduction over memory."""
+    count = min(READ_BYTES, torch.cuda.mem_get_info()[0] // 2) // 4
+    data = torch.empty(count, dtype=torch.float32, device="cuda").uniform_()
+    return 4e6 * count / graph_time([lambda: data.sum()]).median
+
+
 def measure_ceilings() -> Ceilings:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    free = torch.cuda.mem_get_info()[0]
-    count = min(READ_BYTES, free // 2) // 4
-    data = torch.empty(count, dtype=torch.float32, device="cuda").uniform_()
-    read = graph_time([lambda: data.sum()])
-    size = MATMUL_SIZE
+    read, size = measure_read(), MATMUL_SIZE
     a, b = (torch.randn(size, size, device="cuda").bfloat16() for _ in range(2))
     product = graph_time([lambda: a @ b] * 4)
     return Ceilings(
         device=properties.name,
-        bytes_per_second=4e6 * count / read.median,
+        bytes_per_second=read,
         flops_per_second=2e6 * size**3 / product.median,
         l2_bytes=properties.L2_cache_size,
     )

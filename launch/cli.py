@@ -12,6 +12,7 @@ from typing import Any
 
 from moe_nvfp4 import __version__
 from moe_nvfp4.errors import MoeNvfp4Error, RequestError
+from moe_nvfp4.launch.cli_bench import add_bench
 
 USER_ERROR, BROKEN_CHECKPOINT, BROKEN_KERNEL, INTERRUPTED = 2, 1, 1, 130
 
@@ -41,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands.add_parser("generate", help="generate text from a checkpoint"))
     _add_inspect(commands.add_parser("inspect", help="examine a checkpoint: headers and scales only"))
     _add_synthesize(commands.add_parser("synthesize", help="write a checkpoint of random values in a public layout"))
-    _add_bench(commands.add_parser("bench", help="measure"))
+    add_bench(commands.add_parser("bench", help="measure"))
     return parser
 
 
@@ -62,6 +63,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU where there is one")
     parser.add_argument("--dtype", default="auto", help="bfloat16, float16 or float32; default: by device")
     parser.add_argument("--max-seq-len", type=int, metavar="N")
+    parser.add_argument(
+        "--kv-dtype", choices=("auto", "fp8"), default="auto", help="of keys and values; default: --dtype"
+    )
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs: the same steps, launch by launch")
+    parser.add_argument(
+        "--self-test", action="store_true", help="first compare kernels with their float32 twins on these weights"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
     parser.add_argument("--quiet", action="store_true", help="no memory plan and no progress on standard error")
     parser.set_defaults(run=_generate)
@@ -70,6 +78,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _generate(arguments: argparse.Namespace) -> int:
     from moe_nvfp4.runner import MoERunner
     from moe_nvfp4.sampling import SamplingParams
+    from moe_nvfp4.self_test import self_test
 
     sampling = SamplingParams(
         max_new_tokens=arguments.max_new_tokens,
@@ -88,10 +97,14 @@ def _generate(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         max_batch_size=1,
         max_seq_len=arguments.max_seq_len,
+        kv_dtype=arguments.kv_dtype,
+        cuda_graphs=not arguments.eager,
         verbose=not arguments.quiet,
     )
     prepared.prompts.encode(prompt, sampling)  # a bad prompt is refused before the weights are loaded
     with MoERunner(prepared) as runner:
+        if arguments.self_test and not self_test(runner, lambda line: print(line, file=sys.stderr)):
+            return BROKEN_KERNEL
         completion = None
         for increment in runner.stream(prompt, sampling):
             if not arguments.json:
@@ -158,49 +171,6 @@ def _synthesize(arguments: argparse.Namespace) -> int:
         arguments.name, arguments.out, layers=arguments.layers, tiny=arguments.tiny, seed=arguments.seed,
     )  # fmt: skip
     return 0
-
-
-def _add_bench(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    load = kinds.add_parser("load", help="seconds to load, against a plain sequential read of the same files")
-    load.add_argument("--model", required=True, metavar="PATH", help="checkpoint folder or hub id")
-    load.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU where there is one")
-    load.add_argument("--dtype", default="auto")
-    load.add_argument("--runs", type=int, default=3)
-    load.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    load.set_defaults(run=_bench_load)
-    kernels = kinds.add_parser("kernels", help="check the kernels on this GPU, and time them against its ceilings")
-    kernels.add_argument("--shapes", default="qwen3.6,gemma-4", metavar="NAME,...", help="default: %(default)s")
-    kernels.add_argument("--tokens", default="1,4,8,32,64,256,1024,4096", metavar="N,...", help="default: %(default)s")
-    kernels.add_argument("--routing", choices=("uniform", "zipf", "one"), default="uniform", help="popular experts")
-    kernels.add_argument("--compare", choices=("vllm",), help="time a peer's layer too, where it is installed")
-    kernels.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    kernels.set_defaults(run=_bench_kernels)
-
-
-def _bench_load(arguments: argparse.Namespace) -> int:
-    from moe_nvfp4.launch.bench_load import bench_load
-
-    if arguments.runs < 1:
-        raise RequestError(f"--runs: got {arguments.runs}; expected at least 1")
-    report = bench_load(arguments.model, arguments.device, arguments.dtype, arguments.runs)
-    print(report.table())
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report.to_json(), indent=2) + "\n")
-    return 0
-
-
-def _bench_kernels(arguments: argparse.Namespace) -> int:
-    from moe_nvfp4.launch.bench_kernels import bench_kernels
-
-    try:
-        tokens = [int(number) for number in arguments.tokens.split(",")]
-    except ValueError:
-        raise RequestError(f"--tokens: got {arguments.tokens!r:.80}; expected numbers like 1,8,64") from None
-    figures = bench_kernels(arguments.shapes.split(","), tokens, arguments.routing, arguments.compare, print)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
-    return BROKEN_KERNEL if any(result["timing"] is None for result in figures["results"]) else 0
 
 
 if __name__ == "__main__":

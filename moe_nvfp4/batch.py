@@ -6,19 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-
-class Span(NamedTuple):
-    """The rows of one sequence: rows `begin` to `end` are its positions from `start` on."""
-
-    slot: int
-    start: int
-    begin: int
-    end: int
-
-    @property
-    def length(self) -> int:
-        """Tokens of the sequence after this step."""
-        return self.start + self.end - self.begin
+from moe_nvfp4.kernels.rows import Rows, upload
 
 
 class Piece(NamedTuple):
@@ -31,21 +19,19 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    token_ids: torch.Tensor  # [T]
-    positions: torch.Tensor  # [T]
-    spans: tuple[Span, ...]
+    token_ids: torch.Tensor  # int32 [T]
+    rows: Rows
+    last_rows: torch.Tensor  # int32 [B]: the row of each piece that predicts its next token, in the pieces' order
 
     @classmethod
     def of(cls, pieces: Sequence[Piece], device: torch.device) -> "Batch":
-        spans: list[Span] = []
-        begin = 0
-        for slot, start, token_ids in pieces:
-            spans.append(Span(slot, start, begin, begin + len(token_ids)))
-            begin += len(token_ids)
-        ids = [token for piece in pieces for token in piece.token_ids]
-        positions = [span.start + row for span in spans for row in range(span.end - span.begin)]
-        return cls(torch.tensor(ids, device=device), torch.tensor(positions, device=device), tuple(spans))
-
-    def last_rows(self) -> list[int]:
-        """The row of each span that predicts its next token."""
-        return [span.end - 1 for span in self.spans]
+        """Rows are ordered as the kernels want them: sequences of one row first."""
+        order = sorted(range(len(pieces)), key=lambda index: len(pieces[index].token_ids) != 1)
+        ends, end = [0] * len(pieces), 0
+        for index in order:
+            end += len(pieces[index].token_ids)
+            ends[index] = end - 1
+        ids = [token for index in order for token in pieces[index].token_ids]
+        token_ids, last_rows = upload([ids, ends], device)
+        rows = Rows.of([(pieces[i].slot, pieces[i].start, len(pieces[i].token_ids)) for i in order], device)
+        return cls(token_ids, rows, last_rows)

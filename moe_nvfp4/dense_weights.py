@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from moe_nvfp4.checkpoint import Checkpoint
-from moe_nvfp4.kernels.linear import DenseWeight
+from moe_nvfp4.kernels.linear import DenseWeight, in_fragments
 from moe_nvfp4.kernels.nvfp4 import BLOCK, FP8Tensor, NVFP4Tensor
 from moe_nvfp4.progress import Progress
 from moe_nvfp4.scales import check_block_scales, fp8_scale, global_multiplier
@@ -13,7 +13,7 @@ from moe_nvfp4.streaming import DEFAULT_READERS, Transfer, stream
 from moe_nvfp4.survey import Survey
 from moe_nvfp4.weight_source import WeightSource
 
-DenseWeights = Mapping[str, DenseWeight]  # normalised parameter name -> weight
+DenseWeights = dict[str, DenseWeight]  # normalised parameter name -> weight
 DenseScales = Mapping[str, torch.Tensor | None]  # the same -> global scale or FP8 scale
 
 
@@ -24,12 +24,14 @@ def load_dense(
     device: torch.device | str,
     dtype: torch.dtype,
     scales: DenseScales | None = None,
+    fragments: bool = False,
     readers: int = DEFAULT_READERS,
     progress: bool | None = None,
 ) -> DenseWeights:
     """Plain weights take `dtype`, except that float32 stays float32; NVFP4 and FP8 stay as they are.
 
-    `scales` are those of `read_dense_scales`, for callers that take other memory first.
+    `scales` are those of `read_dense_scales`, for callers that take other memory first. `fragments`, on a GPU,
+    re-orders NVFP4 in place for the tensor-core kernels.
     """
     scales = scales or read_dense_scales(checkpoint, found, readers=readers)
     weights: dict[str, DenseWeight] = {}
@@ -39,7 +41,7 @@ def load_dense(
         transfers += filled
     with Progress("dense  ", sum(t.source.nbytes for t in transfers), enabled=progress) as bar:
         stream(checkpoint.files, transfers, readers=readers, progress=bar)
-    return weights
+    return {name: in_fragments(weight) for name, weight in weights.items()} if fragments else weights
 
 
 def read_dense_scales(checkpoint: Checkpoint, found: Survey, *, readers: int = DEFAULT_READERS) -> DenseScales:

@@ -29,7 +29,6 @@ from moe_nvfp4.doctor_scales import ScaleExamination, some
 from moe_nvfp4.errors import CheckpointError
 from moe_nvfp4.expert_buffers import expert_bytes, num_experts
 from moe_nvfp4.layouts import CacheGeometry, layout
-from moe_nvfp4.memory import cache_bytes
 from moe_nvfp4.models import model_config
 from moe_nvfp4.routing.placement import Placement
 from moe_nvfp4.safetensors_file import TensorInfo
@@ -224,7 +223,7 @@ def _memory(found: Survey) -> Memory:
     blocks, count = found.layout.experts, num_experts(found.layout)
     dense = sum(dense_bytes(source, torch.bfloat16) for source in found.dense.values())
     geometry, itemsize = found.layout.cache, torch.bfloat16.itemsize
-    cache = SEQUENCES * cache_bytes(geometry, TOKENS, itemsize)
+    cache = SEQUENCES * geometry.bytes(TOKENS, itemsize)
     rows = []
     for gpus in GPU_COUNTS:
         if gpus > max(count, 1):

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_nvfp4.cache import CacheSettings, CacheSpec
 from moe_nvfp4.dense_weights import dense_bytes
 from moe_nvfp4.errors import MemoryPlanError
 from moe_nvfp4.expert_buffers import expert_bytes
-from moe_nvfp4.layouts import CacheGeometry
 from moe_nvfp4.routing.placement import Placement
 from moe_nvfp4.survey import Survey
 
@@ -25,7 +25,7 @@ class MemoryPlan:
     available: int
     max_batch_size: int
     max_seq_len: int
-    sequence_bytes: int  # cache of one sequence of max_seq_len tokens
+    sequence_bytes: int  # cache of one slot
 
     @property
     def total(self) -> int:
@@ -67,29 +67,21 @@ def plan_memory(
     rank: int,
     *,
     device: torch.device,
-    dtype: torch.dtype,
+    cache: CacheSpec,
+    settings: CacheSettings,
     workspace: int,
-    max_batch_size: int,
-    max_seq_len: int,
 ) -> MemoryPlan:
-    sequence = cache_bytes(found.layout.cache, max_seq_len, dtype.itemsize)
     return MemoryPlan(
         device=str(device),
         experts=sum(expert_bytes(b) * len(placement.local(b.layer, rank)) for b in found.layout.experts),
-        dense=sum(dense_bytes(source, dtype) for source in found.dense.values()),
-        cache=sequence * max_batch_size,
+        dense=sum(dense_bytes(source, settings.dtype) for source in found.dense.values()),
+        cache=cache.bytes(settings),
         workspace=workspace,
         available=available_bytes(device),
-        max_batch_size=max_batch_size,
-        max_seq_len=max_seq_len,
-        sequence_bytes=sequence,
+        max_batch_size=settings.slots,
+        max_seq_len=settings.max_seq_len,
+        sequence_bytes=cache.slot_bytes(settings),
     )
-
-
-def cache_bytes(geometry: CacheGeometry, tokens: int, itemsize: int) -> int:
-    """What one sequence of `tokens` tokens keeps."""
-    windowed = min(tokens, geometry.window) * geometry.window_kv_elements_per_token
-    return (tokens * geometry.kv_elements_per_token + windowed) * itemsize + geometry.state_bytes
 
 
 def available_bytes(device: torch.device) -> int:

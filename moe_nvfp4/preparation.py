@@ -1,5 +1,6 @@
 """Everything that can be checked before memory is taken: checkpoint, settings, memory plan, requests."""
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -8,21 +9,28 @@ from typing import Any
 
 import torch
 
+from moe_nvfp4.cache import CacheSettings
 from moe_nvfp4.checkpoint import Checkpoint
+from moe_nvfp4.decoding import buckets_up_to
 from moe_nvfp4.dense_weights import load_dense, read_dense_scales
 from moe_nvfp4.errors import CheckpointError, RequestError
 from moe_nvfp4.expert_buffers import ExpertBuffers, num_experts
+from moe_nvfp4.kernels.fragments import COLUMNS, ROWS
+from moe_nvfp4.layouts import Config
 from moe_nvfp4.memory import MemoryPlan, plan_memory
-from moe_nvfp4.models import Model, ModelConfig, build_model, model_config
+from moe_nvfp4.models import Model, ModelConfig, Parts, build_model, model_config
 from moe_nvfp4.prompts import PromptEncoder
 from moe_nvfp4.routing.dispatch import LocalDispatcher
 from moe_nvfp4.routing.placement import Placement
-from moe_nvfp4.survey import survey_checkpoint
+from moe_nvfp4.survey import Survey, survey_checkpoint
 from moe_nvfp4.tokenizer import Tokenizer
 
-PREFILL_CHUNK = 512  # new tokens of one step: bounds the attention scores of a long prompt
+# New tokens of one step. On a GPU experts are near their best rate from some thousand rows on; torch's attention, which
+# serves elsewhere, holds scores of all heads, rows and positions.
+STEP_ROWS, FAST_STEP_ROWS = 512, 4096
 DEFAULT_SEQ_LEN = 4096
 MAX_BATCH_SIZE = 4096
+KV_DTYPES = ("auto", "fp8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -37,61 +45,98 @@ class Preparation:
         dtype: str | torch.dtype | None,
         max_batch_size: int,
         max_seq_len: int | None,
-        verbose: bool,
+        kv_dtype: str = "auto",
+        cuda_graphs: bool = True,
+        buckets: Sequence[int] | None = None,
+        verbose: bool = True,
     ):
         self.started = time.perf_counter()
         self.device, self.verbose = _device(device), verbose
         self.dtype = _dtype(dtype, self.device)
+        if kv_dtype not in KV_DTYPES:
+            raise RequestError(f"kv_dtype: got {kv_dtype!r:.40}; expected one of {', '.join(KV_DTYPES)}")
         self._checkpoint = checkpoint = Checkpoint.open(path_or_hub_id)
         try:
-            config = model_config(checkpoint.config)
+            self.config = config = model_config(checkpoint.config)
             limit = _limits(max_batch_size, max_seq_len, config.context_length)
-            self._found = survey_checkpoint(checkpoint)
-            self._found.require_complete(str(checkpoint.folder))
+            self.buckets = _buckets(buckets, max_batch_size)
+            found = survey_checkpoint(checkpoint)
+            found.require_complete(str(checkpoint.folder))
+            self.found = found.with_shared_experts(config.shared_experts())
+            self.fast = self._has_kernels()
+            self.cuda_graphs = cuda_graphs and self.fast
+            self.step_rows = FAST_STEP_ROWS if self.fast else STEP_ROWS
             tokenizer = Tokenizer.load(checkpoint.folder)
-            self.prompts = PromptEncoder(tokenizer, config.vocab_size, limit, config.context_length)
+            media = _media_tokens(checkpoint.config)
+            self.prompts = PromptEncoder(tokenizer, config.vocab_size, limit, config.context_length, media)
             self.eos_token_ids = _eos_token_ids(checkpoint, tokenizer)
-            self._placement = Placement.even(self._found.experts, num_experts(self._found.layout))
-            self.plan = self._plan(config, max_batch_size, limit)
+            self._placement = Placement.even(self.found.experts, num_experts(self.found.layout))
+            self.cache_settings = CacheSettings(
+                slots=max_batch_size,
+                max_seq_len=limit,
+                chunk=self._chunk(),
+                dtype=self.dtype,
+                fp8=kv_dtype == "fp8",
+                scales=_kv_scales(checkpoint, found) if kv_dtype == "fp8" else {},
+            )
+            self.plan = self._plan(config)
         except BaseException:
             checkpoint.close()
             raise
 
-    def _plan(self, config: ModelConfig, max_batch_size: int, max_seq_len: int) -> MemoryPlan:
-        rows = max(PREFILL_CHUNK, max_batch_size)
+    def _has_kernels(self) -> bool:
+        """Where experts' sizes fit no kernel (none published), torch serves, which a graph cannot hold."""
+        shapes = [shape for block in self.found.layout.experts for shape in block.projections.values()]
+        fits = all(rows % ROWS == 0 and columns % COLUMNS == 0 for rows, columns in shapes)
+        return self.device.type == "cuda" and self.dtype == torch.bfloat16 and fits
+
+    def _chunk(self) -> int:
+        """Most rows of one sequence in a step. Where layers see a window, every slot's ring holds so many more."""
+        windows = [spec.window for spec in self.config.cache_spec.attention if spec.window]
+        return min(self.step_rows, max(512, *windows)) if windows else self.step_rows
+
+    def _plan(self, config: ModelConfig) -> MemoryPlan:
+        rows, slots = max(self.step_rows, self.cache_settings.slots), self.cache_settings.slots
+        logits = 3 * slots * config.vocab_size * 4  # as the model gives them, in float32, and while sampling
         plan = plan_memory(
-            self._found,
+            self.found,
             self._placement,
             0,
             device=self.device,
-            dtype=self.dtype,
-            workspace=config.workspace_bytes(rows, max_batch_size, max_seq_len, self.dtype.itemsize),
-            max_batch_size=max_batch_size,
-            max_seq_len=max_seq_len,
+            cache=config.cache_spec,
+            settings=self.cache_settings,
+            workspace=config.workspace_bytes(rows, self.dtype.itemsize) + logits,
         )
         if self.verbose:
             print(f"memory plan of {self._checkpoint.folder.name}, {self.dtype}:\n{plan.table()}", file=sys.stderr)
         plan.require_fit()
         return plan
 
-    def load_model(self) -> Model:
+    def load_model(self) -> tuple[Model, ExpertBuffers]:
         """Allocates and fills the buffers, and closes the checkpoint."""
         progress = None if self.verbose else False
         with self._checkpoint as checkpoint:
-            scales = read_dense_scales(checkpoint, self._found)  # a bad one is found before the experts take memory
+            scales = read_dense_scales(checkpoint, self.found)  # a bad one is found before the experts take memory
             experts = ExpertBuffers.load(
                 checkpoint,
-                self._found,
+                self.found,
                 device=self.device,
                 placement=self._placement,
-                fragments=self.device.type == "cuda" and self.dtype == torch.bfloat16,
+                fragments=self.fast,
                 progress=progress,
             )
             weights = load_dense(
-                checkpoint, self._found, device=self.device, dtype=self.dtype, scales=scales, progress=progress
+                checkpoint,
+                self.found,
+                device=self.device,
+                dtype=self.dtype,
+                scales=scales,
+                fragments=self.fast,
+                progress=progress,
             )
             dispatcher = LocalDispatcher(self._placement, self.device)
-            return build_model(checkpoint.config, weights, experts, dispatcher, self.dtype)
+            parts = Parts(weights=weights, experts=experts, dispatcher=dispatcher, dtype=self.dtype, fast=self.fast)
+            return build_model(checkpoint.config, parts), experts
 
     def close(self) -> None:
         self._checkpoint.close()
@@ -131,6 +176,33 @@ def _limits(max_batch_size: int, max_seq_len: int | None, context: int) -> int:
     if type(max_seq_len) is not int or not 2 <= max_seq_len <= context:
         raise RequestError(f"max_seq_len: got {max_seq_len!r}; expected 2 to {context:,}, the model's context")
     return max_seq_len
+
+
+def _buckets(buckets: Sequence[int] | None, max_batch_size: int) -> list[int]:
+    if buckets is None:
+        return buckets_up_to(max_batch_size)
+    sizes = sorted(set(buckets))
+    if not sizes or sizes[0] < 1 or sizes[-1] != max_batch_size:
+        raise RequestError(f"buckets: got {list(buckets)}; expected batch sizes up to max_batch_size, {max_batch_size}")
+    return sizes
+
+
+def _kv_scales(checkpoint: Checkpoint, found: Survey) -> dict[int, tuple[float, float]]:
+    """Of K and V, by layer; 1 where the checkpoint has none."""
+    scales = {}
+    for module, infos in found.kv_scales.items():
+        numbers = [part for part in module.split(".") if part.isdecimal()]
+        pair = [1.0 if info is None else float(checkpoint.tensor(info.name).float().reshape(-1)[0]) for info in infos]
+        if not all(0 < value < math.inf for value in pair):
+            raise CheckpointError(f"{module}: k and v scales {pair}; expected positive ones. Use kv_dtype auto.")
+        scales[int(numbers[0])] = (pair[0], pair[1])
+    return scales
+
+
+def _media_tokens(config: Config) -> dict[int, str]:
+    """Ids that stand for images, video and audio in the config of a model with towers."""
+    ids = {kind: config.get(f"{kind}_token_id") for kind in ("image", "video", "audio")}
+    return {token: kind for kind, token in ids.items() if type(token) is int}
 
 
 def _eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> frozenset[int]:

@@ -1,7 +1,7 @@
 """From what a user passes to checked token ids: strings, chat messages, or ids, one prompt or many."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from moe_nvfp4.errors import RequestError
@@ -29,6 +29,7 @@ class PromptEncoder:
     vocab_size: int
     max_seq_len: int
     context_length: int
+    media_tokens: Mapping[int, str] = field(default_factory=dict)  # placeholders: id -> image, video, audio
 
     def encode(self, prompts: Any, sampling: Any) -> Requests:
         many = _is_many(prompts)
@@ -40,6 +41,12 @@ class PromptEncoder:
             self._check_sampling(one)
         wheres = [f"prompts[{index}]" if many else "prompt" for index in range(len(items))]
         ids = [self.check(self._ids(item, where), where) for item, where in zip(items, wheres, strict=True)]
+        for prompt_ids, where in zip(ids, wheres, strict=True):
+            if media := self.media_tokens.keys() & set(prompt_ids):
+                raise RequestError(
+                    f"{where}: token {min(media)} is a placeholder for {self.media_tokens[min(media)]}; this model "
+                    "runs text only. Leave images, video and audio out."
+                )
         return Requests(many, ids, params)
 
     def _check_sampling(self, sampling: Any) -> None:
@@ -55,6 +62,8 @@ class PromptEncoder:
             )
         if not isinstance(prompt, str) and not _is_chat(prompt):
             return list(prompt)
+        if not isinstance(prompt, str):
+            _require_text(prompt, where)
         if self.tokenizer is None:
             raise RequestError(f"{where}: this checkpoint has no tokenizer; pass a list of token ids")
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)
@@ -75,6 +84,19 @@ class PromptEncoder:
                 f"{self.context_length:,})."
             )
         return ids
+
+
+def _require_text(messages: Sequence[Any], where: str) -> None:
+    """Contents in parts, as vision models take them, may hold text only."""
+    for number, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for part in content if isinstance(content, list | tuple) else ():
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            if kind != "text":
+                raise RequestError(
+                    f"{where}: message {number} has a part of type {kind!r:.40}; this model runs text only. "
+                    "Leave images, video and audio out."
+                )
 
 
 def _is_chat(prompt: Sequence[Any]) -> bool:

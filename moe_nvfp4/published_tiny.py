@@ -30,7 +30,7 @@ _TEXT: dict[str, dict[str, Any]] = {
         "linear_num_value_heads": 4,
         "linear_value_head_dim": 16,
         "num_experts": 8,
-        "shared_expert_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
     },
     "gemma4": _COMMON
     | {

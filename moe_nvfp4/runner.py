@@ -9,9 +9,11 @@ from typing import Any, overload
 import torch
 
 from moe_nvfp4.batch import Batch, Piece
+from moe_nvfp4.cache import SequenceCache
+from moe_nvfp4.decoding import Decoder
 from moe_nvfp4.detokenize import IncrementalDetokenizer
 from moe_nvfp4.generation import Answer, Completion, Generation, Increment, generate
-from moe_nvfp4.preparation import PREFILL_CHUNK, Preparation
+from moe_nvfp4.preparation import Preparation
 from moe_nvfp4.prompts import Message, Prompt, Requests
 from moe_nvfp4.sampling import Sampler, SamplingParams
 
@@ -23,10 +25,18 @@ class MoERunner:
         self.plan, self.device, self.dtype = prepared.plan, prepared.device, prepared.dtype
         self.prompts, self.tokenizer = prepared.prompts, prepared.prompts.tokenizer
         self.eos_token_ids = prepared.eos_token_ids
-        self.max_seq_len, self.prefill_chunk = self.plan.max_seq_len, PREFILL_CHUNK
-        self.model = prepared.load_model()
-        self.cache = self.model.new_cache(
-            self.plan.max_batch_size, self.max_seq_len, device=self.device, dtype=self.dtype
+        self.max_seq_len = self.plan.max_seq_len
+        self.step_rows, self.prefill_chunk = prepared.step_rows, prepared.cache_settings.chunk
+        self.config, self.found = prepared.config, prepared.found
+        self.model, self.experts = prepared.load_model()
+        self.cache = SequenceCache(self.config.cache_spec, prepared.cache_settings, self.device)
+        self.decoder = Decoder(
+            self.model,
+            self.cache,
+            self.device,
+            buckets=prepared.buckets,
+            graphs=prepared.cuda_graphs,
+            verbose=prepared.verbose,
         )
         self.load_seconds = time.perf_counter() - prepared.started
 
@@ -46,12 +56,17 @@ class MoERunner:
         dtype: str | torch.dtype | None = None,
         max_batch_size: int = 8,
         max_seq_len: int | None = None,
+        kv_dtype: str = "auto",
+        cuda_graphs: bool = True,
+        buckets: Sequence[int] | None = None,
         verbose: bool = True,
     ) -> Preparation:
         """All checks and the memory plan, without loading; `MoERunner(prepared)` loads.
 
         `device` defaults to the GPU where there is one; `dtype`, of activations and plain weights, to bfloat16
-        on a GPU and float32 on a CPU; `max_seq_len` to 4096 or the model's context, whichever is less.
+        on a GPU and float32 on a CPU; `max_seq_len` to 4096 or the model's context, whichever is less. `kv_dtype` of
+        fp8 keeps keys and values as E4M3. Without `cuda_graphs` a GPU takes the same steps launch by launch.
+        `buckets`: batch sizes that get a graph, the largest of them max_batch_size; default: some sizes up to it.
         """
         return Preparation(
             path_or_hub_id,
@@ -59,6 +74,9 @@ class MoERunner:
             dtype=dtype,
             max_batch_size=max_batch_size,
             max_seq_len=max_seq_len,
+            kv_dtype=kv_dtype,
+            cuda_graphs=cuda_graphs,
+            buckets=buckets,
             verbose=verbose,
         )
 
@@ -108,15 +126,15 @@ class MoERunner:
             with torch.inference_mode():
                 for start in range(0, len(ids), self.prefill_chunk):
                     batch = Batch.of([Piece(slot, start, ids[start : start + self.prefill_chunk])], self.device)
-                    rows.append(self.model.logits(self.model.forward(batch, self.cache)).cpu())
+                    rows.append(self.model.logits(self.model.forward(batch, self.cache)).float().cpu())
         finally:
             self.cache.release(slot)
         return torch.cat(rows)
 
     def close(self) -> None:
         """Frees the device memory; the runner cannot be used afterwards."""
-        self.__dict__.pop("model", None)
-        self.__dict__.pop("cache", None)
+        for name in ("decoder", "model", "experts", "cache"):
+            self.__dict__.pop(name, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

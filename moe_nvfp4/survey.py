@@ -5,7 +5,7 @@ A survey reads names, dtypes and shapes only. It collects all problems, so that 
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moe_nvfp4.checkpoint import Checkpoint
@@ -67,6 +67,30 @@ class Survey:
             f"{where}: config.json and the tensors disagree:\n  {shown}{more}\n"
             "Nothing was loaded. Download the checkpoint again, or correct config.json; "
             "`moe-nvfp4 inspect` lists everything."
+        )
+
+    def with_shared_experts(self, shared: Mapping[int, Mapping[str, str]]) -> "Survey":
+        """Shared experts (projection -> dense weight, by layer) as the last of the routed ones, if that fits all."""
+        blocks = {block.layer: block for block in self.layout.experts}
+        names = {name for projections in shared.values() for name in projections.values()}
+        fits = bool(blocks) and shared.keys() == blocks.keys() and names <= self.dense.keys()
+        if not fits or not all(
+            self.dense[name].format == "nvfp4"
+            and tuple(self.dense[name].shape) == blocks[layer].projections[projection]
+            for layer, projections in shared.items()
+            for projection, name in projections.items()
+        ):
+            return self
+        return replace(
+            self,
+            layout=replace(self.layout, experts=tuple(replace(b, count=b.count + 1) for b in self.layout.experts)),
+            dense={name: source for name, source in self.dense.items() if name not in names},
+            experts={
+                layer: {
+                    projection: [*self.experts[layer][projection], self.dense[name]] for projection, name in p.items()
+                }
+                for layer, p in shared.items()
+            },
         )
 
     def sources(self) -> Iterator[WeightSource]:

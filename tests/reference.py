@@ -10,6 +10,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+TOWERS_AND_MTP = ("mtp.", "model.visual.", "model.vision_tower.", "model.embed_vision.")
+SCALES = {"weight_scale", "weight_scale_2", "weight_global_scale", "input_scale", "input_global_scale"}
+SCALES |= {"k_scale", "v_scale"}
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 
 
@@ -35,7 +38,7 @@ def dequantised(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         elif leaf == "weight" and tensor.dtype == torch.float8_e4m3fn:
             scale = tensors[f"{module}.weight_scale"].double()
             plain[name] = (tensor.double() * (scale if scale.numel() == 1 else scale.reshape(-1, 1))).float()
-        elif not leaf.endswith(("_scale", "_scale_2")):
+        elif leaf not in SCALES:
             plain[name] = tensor.float()
     return plain
 
@@ -46,16 +49,23 @@ def _nvfp4(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def reference_model(folder: Path) -> PreTrainedModel:
-    """The float32 model; every one of its parameters is taken from the checkpoint."""
+    """The float32 text model; every one of its parameters is taken from the checkpoint."""
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    weights = fuse_experts(dequantised(read_tensors(folder)))
-    if config.tie_word_embeddings:
+    text = config.get_text_config()
+    text.tie_word_embeddings = config.tie_word_embeddings
+    text._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(text, dtype=torch.float32).eval()
+    tensors = {name: tensor for name, tensor in read_tensors(folder).items() if not name.startswith(TOWERS_AND_MTP)}
+    plain = {name.replace("model.language_model.", "model."): w for name, w in dequantised(tensors).items()}
+    weights = fuse_experts(plain)
+    if text.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    model.load_state_dict(weights, strict=True)
+    buffers = {name for name, _ in model.named_buffers()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected, unexpected
+    assert set(missing) <= buffers, set(missing) - buffers
     return model
 
 

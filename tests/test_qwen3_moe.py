@@ -1,33 +1,18 @@
 """Qwen3-MoE against transformers, from checkpoints in every format it comes in."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
+import model_checks as checks
 import pytest
 import torch
-from reference import read_tensors, reference_logits, reference_model
-from safetensors.torch import save_file
+from model_checks import Edit, Tensors, nothing, tiny_model, unlike_gate_and_up, without_optional_scales
 
-from moe_nvfp4.batch import Batch, Piece
 from moe_nvfp4.errors import CheckpointError
 from moe_nvfp4.kernels.nvfp4 import relative_error
 from moe_nvfp4.runner import MoERunner
-from moe_nvfp4.synthesize import synthesize
 
 NVIDIA, REDHAT = "nvidia/Qwen3-30B-A3B-NVFP4", "RedHatAI/Qwen3-30B-A3B-NVFP4"
-LENGTH = 90
-Tensors = dict[str, torch.Tensor]
-Edit = Callable[[dict, Tensors], None]
-
-
-def rewrite(folder: Path, edit: Edit) -> None:
-    """Changes config and tensors of a single-file checkpoint in place."""
-    config = json.loads((folder / "config.json").read_text())
-    tensors = read_tensors(folder)
-    edit(config, tensors)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
 def attention_to_fp8(per_channel: bool, scale_dtype: torch.dtype = torch.float32) -> Edit:
@@ -75,28 +60,12 @@ def new_spellings(config: dict, tensors: Tensors) -> None:
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta", 1e6)}
 
 
-def unlike_gate_and_up(config: dict, tensors: Tensors) -> None:
-    for name in tensors:
-        if "up_proj.weight_scale_2" in name:
-            tensors[name] *= 10
-        elif "down_proj.weight_scale_2" in name:
-            tensors[name] /= 10
-
-
-def without_optional_scales(config: dict, tensors: Tensors) -> None:
-    for name in [n for n in tensors if n.endswith((".input_scale", ".k_scale", ".v_scale"))]:
-        del tensors[name]
-
-
 def quarter_weights(config: dict, tensors: Tensors) -> None:
     config["norm_topk_prob"] = False
 
 
 def every_expert_chosen(config: dict, tensors: Tensors) -> None:
     config["num_experts_per_tok"] = config["num_experts"]
-
-
-def nothing(config: dict, tensors: Tensors) -> None: ...
 
 
 VARIANTS: dict[str, tuple[str, Edit]] = {
@@ -118,81 +87,73 @@ VARIANTS: dict[str, tuple[str, Edit]] = {
 @pytest.fixture(scope="module", params=VARIANTS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     name, edit = VARIANTS[request.param]
-    torch.manual_seed(1)
-    out = tmp_path_factory.mktemp("model") / "model"
-    synthesize(name, out, tiny=True, seed=3)
-    rewrite(out, edit)
-    return out
+    return tiny_model(name, tmp_path_factory.mktemp("model") / "model", edit)
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("plain") / "model"
-    synthesize(NVIDIA, out, tiny=True, seed=5)
-    return out
+    return tiny_model(NVIDIA, tmp_path_factory.mktemp("plain") / "model", seed=5)
 
 
 @pytest.fixture(scope="module", params=[NVIDIA, REDHAT])
 def smooth(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All experts of a row are chosen: rounding cannot swap the last chosen with the first left out.
-
-    With two of eight, one swap moves a row of so small a model by a half, and all rows that attend to it.
-    """
-    out = tmp_path_factory.mktemp("smooth") / "model"
-    synthesize(request.param, out, tiny=True, seed=5)
-    rewrite(out, every_expert_chosen)
-    return out
+    return tiny_model(request.param, tmp_path_factory.mktemp("smooth") / "model", every_expert_chosen, seed=5)
 
 
-def token_ids(runner: MoERunner, length: int = LENGTH, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(runner.prompts.vocab_size, (length,), generator=generator).tolist()
+@pytest.fixture(scope="module", params=[NVIDIA, REDHAT])
+def shaped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shaped") / "model"
+    return tiny_model(request.param, out, every_expert_chosen, seed=5, for_kernels=True)
 
 
 def test_float32_logits_equal_transformers(folder: Path) -> None:
-    with MoERunner.from_pretrained(folder, device="cpu", dtype="float32", verbose=False) as runner:
-        ids = token_ids(runner)
-        expected = reference_logits(reference_model(folder), ids)
-        actual = runner.logits(ids)
-        assert expected.std() > 0.3, "logits without spread would hide errors"
-        assert relative_error(actual, expected) < 1e-4
-        worst_row = max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
-        assert worst_row < 1e-4
+    checks.check_against_transformers(folder)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_incremental_equals_prefill(plain: Path, chunk: int) -> None:
-    with MoERunner.from_pretrained(plain, device="cpu", dtype="float32", verbose=False) as runner:
-        ids = token_ids(runner)
-        whole = runner.logits(ids)
-        runner.prefill_chunk = chunk
-        assert relative_error(runner.logits(ids), whole) < 1e-5
+    checks.check_incremental(plain, chunk)
 
 
 def test_sequences_of_a_batch_do_not_touch_each_other(plain: Path) -> None:
-    with MoERunner.from_pretrained(plain, device="cpu", dtype="float32", verbose=False) as runner:
-        first, second = token_ids(runner, 30, 1), token_ids(runner, 41, 2)
-        alone = runner.logits(first), runner.logits(second)
-        slots = runner.cache.acquire(), runner.cache.acquire()
-        with torch.inference_mode():
-            # Unequal chunks, so that the rows of the two interleave: prefill beside prefill, then beside decode.
-            runner.model.forward(Batch.of([Piece(slots[0], 0, first[:20])], runner.device), runner.cache)
-            pieces = [Piece(slots[1], 0, second[:40]), Piece(slots[0], 20, first[20:29])]
-            runner.model.forward(Batch.of(pieces, runner.device), runner.cache)
-            batch = Batch.of([Piece(slots[0], 29, first[29:]), Piece(slots[1], 40, second[40:])], runner.device)
-            together = runner.model.logits(runner.model.forward(batch, runner.cache))
-        for row, expected in zip(together, alone, strict=True):
-            assert relative_error(row, expected[-1]) < 1e-5
+    checks.check_rows_apart(plain)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_bfloat16_stays_close_to_float32(smooth: Path, device: str) -> None:
-    with (
-        MoERunner.from_pretrained(smooth, device="cpu", dtype="float32", verbose=False) as wide,
-        MoERunner.from_pretrained(smooth, device=device, dtype="bfloat16", verbose=False) as narrow,
-    ):
-        ids = token_ids(wide)
-        assert relative_error(narrow.logits(ids), wide.logits(ids)) < 2e-2
+def test_bfloat16_stays_close_to_float32(smooth: Path) -> None:
+    checks.check_bfloat16(smooth, "cpu")
+
+
+def test_greedy_tokens_follow_float32(smooth: Path) -> None:
+    checks.check_greedy_tokens(smooth, "cpu")
+
+
+def test_fp8_keys_and_values(smooth: Path) -> None:
+    checks.check_fp8_cache(smooth)
+
+
+@pytest.mark.gpu
+def test_kernels_stay_close_to_float32(shaped: Path) -> None:
+    checks.check_bfloat16(shaped, "cuda")
+
+
+@pytest.mark.gpu
+def test_greedy_tokens_of_the_kernels_follow_float32(shaped: Path) -> None:
+    checks.check_greedy_tokens(shaped, "cuda")
+
+
+@pytest.mark.gpu
+def test_kernels_on_fp8_keys_and_values(shaped: Path) -> None:
+    checks.check_fp8_cache(shaped, "cuda")
+
+
+@pytest.mark.gpu
+def test_graphs_give_the_tokens_of_eager_steps(shaped: Path) -> None:
+    checks.check_graph_equals_eager(shaped)
+
+
+@pytest.mark.gpu
+def test_sizes_that_no_kernel_takes_run_all_the_same(smooth: Path) -> None:
+    checks.check_bfloat16(smooth, "cuda")
 
 
 @pytest.mark.parametrize(
@@ -230,5 +191,5 @@ def test_gpu_logits_equal_cpu(folder: Path) -> None:
         MoERunner.from_pretrained(folder, device="cpu", dtype="float32", verbose=False) as cpu,
         MoERunner.from_pretrained(folder, device="cuda", dtype="float32", verbose=False) as gpu,
     ):
-        ids = token_ids(cpu)
+        ids = checks.token_ids(cpu)
         assert relative_error(gpu.logits(ids), cpu.logits(ids)) < 1e-4

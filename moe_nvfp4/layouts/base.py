@@ -65,6 +65,11 @@ class CacheGeometry:
     window_kv_elements_per_token: int = 0  # K and V of those layers
     state_bytes: int = 0  # recurrent and convolution states
 
+    def bytes(self, tokens: int, itemsize: int) -> int:
+        """What one sequence of `tokens` tokens keeps."""
+        windowed = min(tokens, self.window) * self.window_kv_elements_per_token
+        return (tokens * self.kv_elements_per_token + windowed) * itemsize + self.state_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:

@@ -30,7 +30,7 @@ _EXPERT_NORMS = (
 
 
 @dataclass(frozen=True, slots=True)
-class _Attention:
+class AttentionHeads:
     """Heads of one layer."""
 
     heads: int
@@ -49,13 +49,11 @@ def layout(config: Config) -> Layout:
     # Per-layer inputs, shared KV and wide MLPs are features of the small edge models.
     text.require_unset("attention_bias", "hidden_size_per_layer_input", "num_kv_shared_layers", "use_double_wide_mlp")
     hidden = text.integer("hidden_size")
-    interval = text.integer("sliding_window_pattern", "_sliding_window_pattern", default=6)
-    kinds = layer_types(text, ("sliding_attention", "full_attention"), interval)
-    kinds = (*kinds[:-1], "full_attention")  # the last layer always is, as in transformers
+    kinds = layer_kinds(text)
     has_experts = text.flag("enable_moe_block", False)
     vocabulary = (text.integer("vocab_size"), hidden)
 
-    heads = [_heads(text, index, kind == "full_attention") for index, kind in enumerate(kinds)]
+    heads = [layer_heads(text, index, kind == "full_attention") for index, kind in enumerate(kinds)]
     parameters: Parameters = {}
     blocks: list[ExpertBlock] = []
     parameters |= embeddings(f"{prefix}embed_tokens.weight", vocabulary, tied=tied(fields, text, True))
@@ -72,8 +70,8 @@ def layout(config: Config) -> Layout:
     parameters |= norms(prefix, hidden, "norm")
 
     elements = {"full_attention": 0, "sliding_attention": 0}
-    for kind, layer_heads in zip(kinds, heads, strict=True):
-        elements[kind] += layer_heads.kv_elements
+    for kind, shape in zip(kinds, heads, strict=True):
+        elements[kind] += shape.kv_elements
     cache = CacheGeometry(
         kv_elements_per_token=elements["full_attention"],
         window=text.integer("sliding_window") if elements["sliding_attention"] else 0,
@@ -85,7 +83,13 @@ def layout(config: Config) -> Layout:
     return Layout(config["model_type"], parameters, tuple(blocks), cache, ignored=ignored)
 
 
-def _heads(text: Fields, index: int, full: bool) -> _Attention:
+def layer_kinds(text: Fields) -> tuple[str, ...]:
+    interval = text.integer("sliding_window_pattern", "_sliding_window_pattern", default=6)
+    kinds = layer_types(text, ("sliding_attention", "full_attention"), interval)
+    return (*kinds[:-1], "full_attention")  # the last layer always is, as in transformers
+
+
+def layer_heads(text: Fields, index: int, full: bool) -> AttentionHeads:
     """Full layers have heads of their own, in global_* fields or, as transformers saves, layer by layer."""
     heads, kv_heads = text.head_counts("num_attention_heads", "num_key_value_heads")
     head_dim, k_is_v = text.integer("head_dim"), full and text.flag("attention_k_eq_v", False)
@@ -99,10 +103,10 @@ def _heads(text: Fields, index: int, full: bool) -> _Attention:
         head_dim = text.integer("global_head_dim", default=512)
         if k_is_v and text.has("num_global_key_value_heads"):
             heads, kv_heads = text.head_counts("num_attention_heads", "num_global_key_value_heads")
-    return _Attention(heads, kv_heads, head_dim, has_v=not k_is_v)
+    return AttentionHeads(heads, kv_heads, head_dim, has_v=not k_is_v)
 
 
-def _attention(layer: str, hidden: int, kind: _Attention) -> Parameters:
+def _attention(layer: str, hidden: int, kind: AttentionHeads) -> Parameters:
     rows = kind.heads * kind.head_dim
     shapes = attention(hidden, rows, kind.kv_heads * kind.head_dim, rows)
     if not kind.has_v:

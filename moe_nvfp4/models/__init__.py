@@ -1,31 +1,46 @@
 """Models that run. A new one is a file here, its layout, and a line in `_MODULES`."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
 
 import torch
 
 from moe_nvfp4.batch import Batch
-from moe_nvfp4.dense_weights import DenseWeights
+from moe_nvfp4.cache import CacheSpec, SequenceCache
 from moe_nvfp4.errors import CheckpointError
 from moe_nvfp4.expert_buffers import ExpertBuffers
-from moe_nvfp4.kv_cache import KVCache
+from moe_nvfp4.kernels.linear import DenseWeight
 from moe_nvfp4.layouts import Config
 from moe_nvfp4.routing.dispatch import Dispatcher
 
-_MODULES = {"qwen3_moe": "qwen3_moe"}
+_MODULES = {
+    "qwen3_moe": "qwen3_moe",
+    "qwen3_5_moe": "qwen3_5_moe",
+    "qwen3_5_moe_text": "qwen3_5_moe",
+    "gemma4": "gemma4",
+    "gemma4_text": "gemma4",
+    "gemma4_unified": "gemma4",
+}
 
 
 class Model(Protocol):
     """What a runner needs of a model; it may be built without a process group and without a GPU."""
 
-    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
-        """Final hidden states [T, H] of the new tokens; their keys and values go to the cache."""
+    @property
+    def num_layers(self) -> int: ...
+
+    def forward(self, batch: Batch, cache: SequenceCache) -> torch.Tensor:
+        """Final hidden states [T, H] of the new tokens; what later tokens need of them goes to the cache."""
+
+    def run_layers(
+        self, x_TH: torch.Tensor, layers: range, batch: Batch, cache: SequenceCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream after some adjacent layers, and the same through the norm that follows them."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 logits [R, vocabulary] of some rows."""
-
-    def new_cache(self, slots: int, max_seq_len: int, *, device: torch.device, dtype: torch.dtype) -> KVCache: ...
+        """Logits [R, vocabulary] of some rows."""
 
 
 class ModelConfig(Protocol):
@@ -35,9 +50,44 @@ class ModelConfig(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def context_length(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def activation(self) -> str: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def experts_per_token(self) -> int: ...
+    @property
+    def cache_spec(self) -> CacheSpec: ...
 
-    def workspace_bytes(self, rows: int, max_batch_size: int, max_seq_len: int, itemsize: int) -> int:
-        """Scratch of one forward pass of `rows` new tokens, beyond weights and cache."""
+    def workspace_bytes(self, rows: int, itemsize: int) -> int:
+        """Scratch of one forward pass of `rows` new tokens on a GPU, beyond weights and cache."""
+
+    def shared_experts(self) -> Mapping[int, Mapping[str, str]]:
+        """Experts that every row takes, by layer: projection -> name of its dense weight.
+
+        Where all of them have the format and the shape of routed ones, they are loaded as one expert more.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What a model is built from."""
+
+    weights: dict[str, DenseWeight]  # each is taken once, so that no copy of a stacked one stays behind
+    experts: ExpertBuffers
+    dispatcher: Dispatcher
+    dtype: torch.dtype
+    fast: bool  # bfloat16 on a GPU: stack weights that share their input
+
+    def take(self, name: str) -> DenseWeight:
+        return self.weights.pop(name)
+
+    def plain(self, name: str) -> torch.Tensor:
+        weight = self.take(name)
+        assert isinstance(weight, torch.Tensor), name
+        return weight
 
 
 def model_config(config: Config) -> ModelConfig:
@@ -46,11 +96,10 @@ def model_config(config: Config) -> ModelConfig:
     return typed
 
 
-def build_model(
-    config: Config, weights: DenseWeights, experts: ExpertBuffers, dispatcher: Dispatcher, dtype: torch.dtype
-) -> Model:
+def build_model(config: Config, parts: Parts) -> Model:
     module = _module(config)
-    model: Model = module.build(module.config_of(config), weights, experts, dispatcher, dtype)
+    model: Model = module.build(module.config_of(config), parts)
+    assert not parts.weights, f"weights that the model did not take: {sorted(parts.weights)[:5]}"
     return model
 
 

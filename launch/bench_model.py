@@ -1,0 +1,150 @@
+"""`moe-nvfp4 bench decode` and `bench prefill`: a whole model on one device.
+
+Decode steps follow each other as in a long answer, greedy, each timed between two events. Prompts are random tokens,
+and so is what a random checkpoint answers: routing is close to uniform.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, Final
+
+import torch
+
+from moe_nvfp4.batch import Batch, Piece
+from moe_nvfp4.decoding import DecodeRow
+from moe_nvfp4.errors import RequestError
+from moe_nvfp4.launch.step_bytes import step_bytes
+from moe_nvfp4.launch.step_explanation import STEPS as EXPLAINED_STEPS
+from moe_nvfp4.launch.step_explanation import explain
+from moe_nvfp4.runner import MoERunner
+from moe_nvfp4.sampling import SamplingParams
+
+WARM_UP_STEPS: Final = 8
+TIMED_STEPS: Final = 48
+GREEDY: Final = SamplingParams(max_new_tokens=1, ignore_eos=True)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeResult:
+    batch: int
+    context: int
+    milliseconds: float  # a step, median
+    low: float
+    high: float
+    bytes: float  # that a step must read and write, at least
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1e3 * self.batch / self.milliseconds
+
+    def line(self, bytes_per_second: float | None) -> str:
+        share = ""
+        if bytes_per_second:
+            floor = 1e3 * self.bytes / bytes_per_second
+            share = f"{self.bytes / 1e9:>8.2f} GB{floor:>8.2f} ms floor{floor / self.milliseconds:>6.0%}"
+        return (
+            f"batch {self.batch:>4}{self.milliseconds:>9.3f} ms ({self.low:.3f} to {self.high:.3f})"
+            f"{self.tokens_per_second:>9.0f} tok/s{share}"
+        )
+
+
+def bench_decode(
+    runner: MoERunner,
+    batches: Sequence[int],
+    context: int,
+    *,
+    bytes_per_second: float | None,
+    explained: bool,
+    report: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    results = []
+    for batch in batches:
+        rows, slots = _prefilled(runner, batch, context)
+        try:
+            times = _timed_steps(runner, rows)
+            moved = step_bytes(runner, batch, context + WARM_UP_STEPS + TIMED_STEPS // 2)
+            result = DecodeResult(batch, context, statistics.median(times), min(times), max(times), sum(moved.values()))
+            report(result.line(bytes_per_second))
+            results.append(asdict(result) | {"tokens_per_second": result.tokens_per_second, "bytes_by_kind": moved})
+            if explained:
+                report(explain(runner, moved, bytes_per_second))
+        finally:
+            for slot in slots:
+                runner.cache.release(slot)
+    return results
+
+
+def bench_prefill(
+    runner: MoERunner, prompts: Sequence[int], length: int, report: Callable[[str], None], runs: int = 3
+) -> list[dict[str, Any]]:
+    """Seconds from the request to the first token of all prompts, for each number of prompts at once."""
+    results = []
+    for count in prompts:
+        times = []
+        for run in range(runs + 1):
+            ids = [_random_ids(runner, length, seed=1000 * run + index) for index in range(count)]
+            began = time.perf_counter()
+            runner.generate(ids, GREEDY)
+            times.append(time.perf_counter() - began)
+        median = statistics.median(times[1:])
+        rate = count * length / median
+        spread = f"({min(times[1:]) * 1e3:.1f} to {max(times[1:]) * 1e3:.1f})"
+        report(f"prefill {count:>3} x {length}{median * 1e3:>10.1f} ms {spread}{rate:>10.0f} tok/s")
+        results.append({"prompts": count, "length": length, "seconds": times[1:], "tokens_per_second": rate})
+    return results
+
+
+def places(context: int) -> int:
+    """That a sequence needs for its prompt and all steps, timed and explained."""
+    if context < 1:
+        raise RequestError(f"--context: got {context}; expected at least 1")
+    return context + WARM_UP_STEPS + TIMED_STEPS + 2 * EXPLAINED_STEPS + 1
+
+
+def _prefilled(runner: MoERunner, batch: int, context: int) -> tuple[list[DecodeRow], list[int]]:
+    slots = [runner.cache.acquire() for _ in range(batch)]
+    rows = []
+    together = max(1, runner.step_rows // context)
+    with torch.inference_mode():
+        for first in range(0, batch, together):
+            group = slots[first : first + together]
+            for start in range(0, context, runner.prefill_chunk):
+                pieces = [
+                    Piece(slot, start, _random_ids(runner, context, seed=slot)[start : start + runner.prefill_chunk])
+                    for slot in group
+                ]
+                hidden = runner.model.forward(inputs := Batch.of(pieces, runner.device), runner.cache)
+            tokens = runner.model.logits(hidden[inputs.last_rows]).argmax(dim=-1).tolist()
+            rows += [DecodeRow(slot, context, token, GREEDY) for slot, token in zip(group, tokens, strict=True)]
+    return rows, slots
+
+
+def _timed_steps(runner: MoERunner, rows: Sequence[DecodeRow]) -> list[float]:
+    """Milliseconds of each step."""
+    runner.decoder.start(rows, object())
+    if runner.device.type != "cuda":
+        times = []
+        for _ in range(WARM_UP_STEPS + TIMED_STEPS):
+            began = time.perf_counter()
+            runner.decoder.step().wait()
+            times.append(1e3 * (time.perf_counter() - began))
+        return times[WARM_UP_STEPS:]
+    for _ in range(WARM_UP_STEPS):
+        runner.decoder.step()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED_STEPS + 1)]
+    events[0].record()
+    for event in events[1:]:
+        runner.decoder.step()
+        event.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in pairwise(events)]
+
+
+def _random_ids(runner: MoERunner, length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    # The last ids of a vocabulary are special, placeholders for images among them.
+    ids: list[int] = torch.randint(runner.prompts.vocab_size * 3 // 4, (length,), generator=generator).tolist()
+    return ids

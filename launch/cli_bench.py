@@ -1,0 +1,145 @@
+"""`moe-nvfp4 bench load | kernels | decode | prefill`: arguments, and figures as a table and as JSON."""
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from moe_nvfp4.errors import RequestError
+
+BROKEN_KERNEL = 1
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    load = kinds.add_parser("load", help="seconds to load, against a plain sequential read of the same files")
+    _add_model(load)
+    load.add_argument("--runs", type=int, default=3)
+    load.set_defaults(run=_load)
+    kernels = kinds.add_parser("kernels", help="check the kernels on this GPU, and time them against its ceilings")
+    kernels.add_argument("--shapes", default="qwen3.6,gemma-4", metavar="NAME,...", help="default: %(default)s")
+    kernels.add_argument("--tokens", default="1,4,8,32,64,256,1024,4096", metavar="N,...", help="default: %(default)s")
+    kernels.add_argument("--routing", choices=("uniform", "zipf", "one"), default="uniform", help="popular experts")
+    kernels.add_argument("--compare", choices=("vllm",), help="time a peer's layer too, where it is installed")
+    kernels.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    kernels.set_defaults(run=_kernels)
+    decode = kinds.add_parser("decode", help="milliseconds of a decode step, by batch size")
+    _add_model(decode)
+    decode.add_argument("--batch", default="1,8,32", metavar="N,...", help="default: %(default)s")
+    decode.add_argument("--context", type=int, default=128, metavar="N", help="prompt tokens; default: %(default)s")
+    decode.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto")
+    decode.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    decode.add_argument("--explain", action="store_true", help="where a step's time goes, kernel by kernel")
+    decode.set_defaults(run=_decode)
+    prefill = kinds.add_parser("prefill", help="tokens a second of prompts, up to their first new token")
+    _add_model(prefill)
+    prefill.add_argument("--prompts", default="1,8", metavar="N,...", help="at once; default: %(default)s")
+    prefill.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of each; default: %(default)s")
+    prefill.set_defaults(run=_prefill)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="PATH", help="checkpoint folder or hub id")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU where there is one")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+
+
+def _load(arguments: argparse.Namespace) -> int:
+    from moe_nvfp4.launch.bench_load import bench_load
+
+    if arguments.runs < 1:
+        raise RequestError(f"--runs: got {arguments.runs}; expected at least 1")
+    report = bench_load(arguments.model, arguments.device, arguments.dtype, arguments.runs)
+    print(report.table())
+    _write(arguments.json, report.to_json())
+    return 0
+
+
+def _kernels(arguments: argparse.Namespace) -> int:
+    from moe_nvfp4.launch.bench_kernels import bench_kernels
+
+    tokens = _numbers("--tokens", arguments.tokens)
+    figures = bench_kernels(arguments.shapes.split(","), tokens, arguments.routing, arguments.compare, print)
+    _write(arguments.json, figures)
+    return BROKEN_KERNEL if any(result["timing"] is None for result in figures["results"]) else 0
+
+
+def _decode(arguments: argparse.Namespace) -> int:
+    from moe_nvfp4.launch.bench_model import bench_decode, places
+    from moe_nvfp4.runner import MoERunner
+
+    batches = _numbers("--batch", arguments.batch)
+    prepared = MoERunner.prepare(
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        max_batch_size=max(batches),
+        max_seq_len=places(arguments.context),
+        kv_dtype=arguments.kv_dtype,
+        cuda_graphs=not arguments.eager,
+        buckets=batches,
+    )
+    with MoERunner(prepared) as runner:
+        ceiling = _ceiling(runner.device.type)
+        results = bench_decode(
+            runner,
+            batches,
+            arguments.context,
+            bytes_per_second=ceiling,
+            explained=arguments.explain and runner.device.type == "cuda",
+            report=print,
+        )
+        _write(arguments.json, _where(arguments.model) | {"bytes_per_second": ceiling, "decode": results})
+    return 0
+
+
+def _prefill(arguments: argparse.Namespace) -> int:
+    from moe_nvfp4.launch.bench_model import bench_prefill
+    from moe_nvfp4.runner import MoERunner
+
+    prompts = _numbers("--prompts", arguments.prompts)
+    if arguments.length < 1:
+        raise RequestError(f"--length: got {arguments.length}; expected at least 1")
+    prepared = MoERunner.prepare(
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        max_batch_size=max(prompts),
+        max_seq_len=arguments.length + 2,
+        cuda_graphs=False,
+    )
+    with MoERunner(prepared) as runner:
+        results = bench_prefill(runner, prompts, arguments.length, print)
+        _write(arguments.json, _where(arguments.model) | {"prefill": results})
+    return 0
+
+
+def _ceiling(device: str) -> float | None:
+    """Bytes a second that this GPU reads, measured now."""
+    from moe_nvfp4.launch.bench_timing import measure_read
+
+    return measure_read() if device == "cuda" else None
+
+
+def _where(model: str) -> dict[str, Any]:
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    return {"model": Path(model).name, "machine": name, "torch": torch.__version__}
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        numbers = [int(number) for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise RequestError(f"{option}: got {text!r:.80}; expected numbers from 1, like 1,8,64")
+    return numbers
+
+
+def _write(path: Path | None, figures: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=2) + "\n")

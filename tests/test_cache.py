@@ -1,0 +1,74 @@
+"""Slots, pages and rings: every place that a sequence still needs is its own."""
+
+import pytest
+import torch
+
+from moe_nvfp4.cache import PAGE, AttentionSpec, CacheSettings, CacheSpec, DeltaSpec, SequenceCache
+from moe_nvfp4.errors import RequestError
+
+SPEC = CacheSpec(
+    (AttentionSpec((1, 3), kv_heads=2, head_dim=16), AttentionSpec((0, 2), kv_heads=1, head_dim=32, window=100)),
+    DeltaSpec((4, 5), channels=48, kernel=4, value_heads=4, key_dim=8, value_dim=8),
+)
+
+
+def settings(**changes: object) -> CacheSettings:
+    values = {"slots": 3, "max_seq_len": 1000, "chunk": 50, "dtype": torch.float32, **changes}
+    return CacheSettings(**values)
+
+
+@pytest.fixture
+def cache() -> SequenceCache:
+    return SequenceCache(SPEC, settings(), torch.device("cpu"))
+
+
+def places(cache: SequenceCache, layer: int, slot: int, positions: range) -> list[tuple[int, int]]:
+    table = cache.kv[layer].table[slot].tolist()
+    return [(table[position // PAGE], position % PAGE) for position in positions]
+
+
+def test_slots_share_no_place(cache: SequenceCache) -> None:
+    for layer in cache.kv:
+        taken = [set(places(cache, layer, slot, range(1000))) for slot in range(4)]
+        assert sum(map(len, taken)) == len(set.union(*taken))
+        assert max(page for page, _ in set.union(*taken)) < cache.kv[layer].keys.shape[0]
+
+
+@pytest.mark.parametrize("start", [0, 1, 63, 64, 65, 500, 949])
+def test_a_ring_keeps_the_window_of_every_row_of_a_step(cache: SequenceCache, start: int) -> None:
+    """From the oldest place that the step's first row sees to its last row, no place is used twice."""
+    needed = places(cache, 0, 1, range(max(0, start - 99), start + 50))
+    assert len(set(needed)) == len(needed)
+
+
+def test_without_a_window_every_token_is_kept(cache: SequenceCache) -> None:
+    assert len(set(places(cache, 1, 0, range(1000)))) == 1000
+
+
+def test_a_ring_is_not_longer_than_the_sequence() -> None:
+    short = settings(max_seq_len=PAGE)
+    assert [spec.pages(short) for spec in SPEC.attention] == [1, 1]
+
+
+@pytest.mark.parametrize("changes", [{}, {"fp8": True}, {"dtype": torch.bfloat16, "slots": 7, "max_seq_len": 65}])
+def test_the_plan_is_exact(changes: dict) -> None:
+    chosen = settings(**changes)
+    assert SequenceCache(SPEC, chosen, torch.device("cpu")).nbytes == SPEC.bytes(chosen)
+    assert SPEC.bytes(chosen) > chosen.slots * SPEC.slot_bytes(chosen)
+
+
+def test_scales_go_by_layer() -> None:
+    cache = SequenceCache(SPEC, settings(fp8=True, scales={3: (0.5, 0.25)}), torch.device("cpu"))
+    assert [(kv.k_scale, kv.v_scale) for _, kv in sorted(cache.kv.items())] == [(1, 1), (1, 1), (1, 1), (0.5, 0.25)]
+    assert all(kv.is_fp8 for kv in cache.kv.values())
+
+
+def test_slots_are_lent_once(cache: SequenceCache) -> None:
+    assert sorted(cache.acquire() for _ in range(3)) == [0, 1, 2]
+    with pytest.raises(RequestError, match="all 3 sequences"):
+        cache.acquire()
+    cache.release(1)
+    assert cache.acquire() == 1
+    cache.release(1)
+    with pytest.raises(AssertionError, match="twice"):
+        cache.release(1)
