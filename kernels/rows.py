@@ -35,7 +35,8 @@ class Rows(NamedTuple):
             [0, *accumulate(counts)],
             [before + count for _, before, count in pieces],
         ]
-        return cls(*upload(parts, device), decodes=decodes, longest=max(counts, default=0))
+        positions, row_slots, slots, starts, lengths = upload(parts, device)
+        return cls(positions, row_slots, slots, starts, lengths, decodes, longest=max(counts, default=0))
 
     def prefills(self) -> "Rows":
         """The sequences after the decoding ones; their `starts` still count rows of the whole step."""

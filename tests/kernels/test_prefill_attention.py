@@ -1,0 +1,37 @@
+"""Attention of many rows a sequence: unequal pieces in one launch, windows, and rows that continue a prompt."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from paged_cases import LARGE, SMALL, Shape, check
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+PIECES = {
+    "one": [(0, 5)],
+    "continued": [(130, 90), (61, 2)],
+    "unequal": [(0, 2), (0, 129), (3, 17)],
+}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs here already")
+def test_kernels_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
+    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize("shape", SMALL)
+def test_interpreted(shape: Shape, pieces: str) -> None:
+    check(PIECES[pieces], shape, torch.bfloat16, "cpu", gated=shape[0] == 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("shape", LARGE)
+def test_gpu(shape: Shape, fp8: bool) -> None:
+    for pieces in (*PIECES.values(), [(0, 700), (1900, 300), (100, 41)]):
+        check(pieces, shape, torch.bfloat16, "cuda", fp8=fp8, gated=not fp8)
