@@ -298,20 +298,25 @@ def dense_rows(x_MK: Tensor, weight: DenseWeight, *, dependent: bool = False, ti
     (rows, columns), num_out = x_MK.shape, weight.shape[0]
     y_MN = torch.empty(rows, num_out, dtype=torch.bfloat16, device=x_MK.device)
     kind, groups, strips = kind_of(weight), 1 if rows <= 8 else 2, -(-num_out // 16)
-    if isinstance(weight, FragmentTensor):
-        parts, step = (weight.words.view(torch.int64), weight.scales.view(torch.int16), weight.global_scale), 1
-    elif isinstance(weight, FP8Tensor):
-        parts, step = (weight.values.view(torch.int64), weight.values, weight.scale), 1
-    else:
-        parts, step = (weight.view(torch.int64), weight, weight), 0  # the kernel does not read the last two
+    *parts, step = parts_of(weight)
     tiling = tiling or tiling_for(kind, strips, columns // TILE_COLUMNS[kind], groups)
     dependent = dependent and torch.cuda.get_device_capability(x_MK.device)[0] >= 9
     dense_rows_kernel[(-(-rows // (8 * groups)), -(-strips // tiling.span))](
-        x_MK.view(torch.int64), *parts, y_MN, rows, num_out, min(parts[2].ndim, step),
+        x_MK.view(torch.int64), *parts, y_MN, rows, num_out, step,
         K=columns, KIND=kind, GROUPS=groups, W=tiling.warps, SPAN=tiling.span, DEPTH=tiling.depth,
         X_DEPTH=tiling.x_depth, PDL=dependent, num_warps=tiling.warps, launch_pdl=dependent,
     )  # fmt: skip
     return y_MN
+
+
+def parts_of(weight: DenseWeight) -> tuple[Tensor, Tensor, Tensor, int]:
+    """What kernels take: int64 words, scales, global scales, and 1 if there are several of the last, else 0."""
+    if isinstance(weight, FragmentTensor):
+        scale = weight.global_scale
+        return weight.words.view(torch.int64), weight.scales.view(torch.int16), scale, min(scale.ndim, 1)
+    if isinstance(weight, FP8Tensor):
+        return weight.values.view(torch.int64), weight.values, weight.scale, min(weight.scale.ndim, 1)
+    return weight.view(torch.int64), weight, weight, 0  # kernels do not read the last two
 
 
 def kind_of(weight: DenseWeight) -> Kind:
