@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,19 +11,27 @@ import torch
 
 from moe_nvfp4.kernels.nvfp4 import TOLERANCE, relative_error
 from moe_nvfp4.kernels.route import FEW_ROWS, Routes, route
-from moe_nvfp4.routing.topk import softmax_topk
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # rows, experts, hidden, choices
-SMALL = [(1, 256, 128, 8), (FEW_ROWS, 60, 96, 4), (FEW_ROWS + 1, 128, 640, 8), (3, 512, 64, 22)]
-LARGE = [(1, 256, 2048, 8), (3, 128, 2816, 8), (17, 256, 2048, 8), (64, 512, 2688, 22), (257, 128, 2816, 8)]
+SMALL = [(1, 256, 128, 8), (FEW_ROWS, 60, 96, 4), (FEW_ROWS + 1, 128, 640, 8), (3, 512, 64, 22), (2, 20, 130, 3)]
+LARGE = [
+    (1, 256, 2048, 8),
+    (3, 128, 2816, 8),
+    (5, 256, 2048, 8),
+    (8, 256, 7168, 8),
+    (17, 256, 2048, 8),
+    (64, 512, 2688, 22),
+    (257, 128, 2816, 8),
+]
 LARGE += [(1024, 256, 2048, 8), (4097, 128, 2816, 8)]
 RULES: list[dict[str, Any]] = [
     {"scoring": "softmax", "normalise": True},
     {"scoring": "softmax", "normalise": False},
     {"scoring": "sigmoid", "normalise": True, "scale": 2.5, "correction_bias": True},
     {"scoring": "softmax", "normalise": True, "correction_bias": True},
+    {"scoring": "softmax", "normalise": True, "shared": True},
 ]
 
 
@@ -36,17 +45,23 @@ def inputs(rows: int, experts: int, hidden: int, dtype: torch.dtype, device: str
 def reference(x: torch.Tensor, router: torch.Tensor, k: int, rule: dict[str, Any]) -> Routes:
     """By the definition, in float64."""
     logits = x.double() @ router.double().T
+    gate = logits[:, -1:].sigmoid()
+    logits = logits[:, :-1] if rule.get("shared") else logits
     scores = logits.softmax(dim=-1) if rule["scoring"] == "softmax" else logits.sigmoid()
     by = logits if rule.get("correction_bias") is None else scores + rule["correction_bias"].double()
     ids = by.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     weights = scores.gather(1, ids)
     if rule["normalise"]:
         weights /= weights.sum(dim=-1, keepdim=True)
-    return Routes(ids.int(), weights * rule.get("scale", 1.0))
+    weights = weights * rule.get("scale", 1.0)
+    if rule.get("shared"):
+        ids = torch.cat((ids, torch.full_like(ids[:, :1], logits.shape[1])), dim=1)
+        weights = torch.cat((weights, gate), dim=1)
+    return Routes(ids.int(), weights)
 
 
 def check(rows: int, experts: int, hidden: int, k: int, rule: dict[str, Any], dtype: torch.dtype, device: str) -> None:
-    x, router = inputs(rows, experts, hidden, dtype, device)
+    x, router = inputs(rows, experts + bool(rule.get("shared")), hidden, dtype, device)
     if rule.get("correction_bias"):
         # Distinct multiples of 1/2, apart by far more than a rounding of the scores, which lie within (0, 1).
         rule = {**rule, "correction_bias": (torch.randperm(experts) * 2.0).to(device)}
@@ -63,14 +78,17 @@ def test_twin(rows: int, experts: int, hidden: int, k: int, rule: dict[str, Any]
     check(rows, experts, hidden, k, rule, torch.float32, "cpu")
 
 
-def test_twin_is_the_plain_router() -> None:
-    logits = torch.randn(20, 64)
-    x = torch.eye(64, dtype=torch.bfloat16).repeat(1, 1)[:20]
-    router = torch.zeros(64, 64)
-    router[:, :20] = logits.T
-    expected, actual = softmax_topk(logits, 8, normalise=True), route(x, router, 8, normalise=True)
-    assert torch.equal(actual.expert_ids_TK, expected.expert_ids_TK.int())
-    assert relative_error(actual.weights_TK, expected.weights_TK) < TOLERANCE["float32"]
+def test_twin_is_the_router_of_transformers() -> None:
+    from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeTopKRouter
+
+    config = SimpleNamespace(num_experts_per_tok=8, num_experts=64, hidden_size=32)
+    router = Qwen3_5MoeTopKRouter(config)
+    router.weight.data = torch.randn(64, 32)
+    x = torch.randn(20, 32)
+    _, weights, ids = router(x)
+    actual = route(x, router.weight.data, 8, normalise=True)
+    assert torch.equal(actual.expert_ids_TK, ids.int())
+    assert relative_error(actual.weights_TK, weights) < TOLERANCE["float32"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs here already")
@@ -98,6 +116,60 @@ def test_interpreted_float32_router(rows: int) -> None:
 @pytest.mark.parametrize("rows, experts, hidden, k", [*SMALL, *LARGE])
 def test_gpu(rows: int, experts: int, hidden: int, k: int, rule: dict[str, Any], dtype: torch.dtype) -> None:
     check(rows, experts, hidden, k, rule, dtype, "cuda")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("rule", RULES)
+def test_interpreted_without_a_place(rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_nvfp4.kernels.route._STREAMS", 0)
+    monkeypatch.setattr("moe_nvfp4.kernels.route._places", {})
+    check(3, 60, 640, 4, rule, torch.bfloat16, "cpu")
+
+
+def check_nan(device: str) -> None:
+    x, router = inputs(2, 32, 64, torch.bfloat16, device)
+    expected = route(x, router, 4, normalise=True)
+    broken = x.clone()
+    broken[0] = torch.tensor([-1], dtype=torch.int16).view(torch.bfloat16).to(device)
+    ids, weights = route(broken, router, 4, normalise=True)
+    assert ids.min() >= 0 and ids.max() < 32 and weights[0].isnan().all()
+    assert torch.equal(ids[1], expected.expert_ids_TK[1])
+    again = route(x, router, 4, normalise=True)
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+def test_interpreted_nan() -> None:
+    check_nan("cpu")
+
+
+@pytest.mark.gpu
+def test_gpu_nan() -> None:
+    check_nan("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, FEW_ROWS])
+def test_graphs_and_streams(rows: int) -> None:
+    """Launches one after the other hand over in the same words; another stream has its own."""
+    x, router = torch.randn(rows, 2048).bfloat16().cuda(), torch.randn(257, 2048).bfloat16().cuda() / 45
+    rule: dict[str, Any] = {"normalise": True, "shared": True}
+    expected = route(x, router, 8, **rule)
+    xs = [x.roll(shift, 0) for shift in range(rows)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [route(xs[i % rows], router, 8, **rule) for i in range(50)]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for _ in range(20):
+        graph.replay()
+        with torch.cuda.stream(stream):
+            eager = [route(x, router, 8, **rule) for _ in range(20)]
+    torch.cuda.synchronize()
+    for i, routes in enumerate([*captured, *eager]):
+        shift = i % rows if i < len(captured) else 0
+        for actual, wanted in zip(routes, expected, strict=True):
+            assert torch.equal(actual, wanted.roll(shift, 0))
 
 
 @pytest.mark.gpu
