@@ -26,40 +26,48 @@ _FEW_ROWS: Final = {"nvfp4": 80, "fp8": 64, "bf16": 16}
 _BLOCK_BYTES: Final = 32 << 20
 
 
-def dense_linear(x_MK: Tensor, weight: DenseWeight, *, dependent: bool = False, plain: bool = False) -> Tensor:
-    """bfloat16 [M, N]; N is what the weight has, for fragments a multiple of 16, K likewise at least x's.
+def dense_linear(
+    x_MK: Tensor,
+    weight: DenseWeight,
+    *,
+    dependent: bool = False,
+    plain: bool = False,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """[M, N]; N is what the weight has, for fragments a multiple of 16, K likewise at least x's.
 
     `dependent`: launch while the kernel before it on the stream still runs, and fetch weights meanwhile (sm_90 and
     later, few rows); that kernel must not write the weight. `plain` asks for plain Triton where others are faster.
+    `out_dtype` float32 (logits) saves few rows the rounding to bfloat16; many rows are rounded, then widened.
     """
     rows, columns = x_MK.shape
     if rows == 0:
-        return x_MK.new_empty(0, weight.shape[0])
+        return x_MK.new_empty(0, weight.shape[0], dtype=out_dtype)
     if columns < weight.shape[1]:
         x_MK = F.pad(x_MK, (0, weight.shape[1] - columns))
     x_MK = x_MK.contiguous()
     if not x_MK.is_cuda:
-        return dense_linear_torch(x_MK, weight)
+        return dense_linear_torch(x_MK, weight, out_dtype)
     kind = kind_of(weight)
     if plain and (rows <= 16 or kind != "bf16"):
-        return dense_plain(x_MK, weight)
+        return dense_plain(x_MK, weight).to(out_dtype)
     if rows <= _FEW_ROWS[kind] and fits(x_MK, weight):
-        return dense_rows(x_MK, weight, dependent=dependent)
+        return dense_rows(x_MK, weight, dependent=dependent, out_dtype=out_dtype)
     if isinstance(weight, Tensor):
-        return F.linear(x_MK, weight)
+        return F.linear(x_MK, weight).to(out_dtype)
     y_MN = torch.empty(rows, weight.shape[0], dtype=torch.bfloat16, device=x_MK.device)
     step = max(16, _BLOCK_BYTES // (2 * weight.shape[1]) // 16 * 16)
     for start in range(0, weight.shape[0], step):
         stop = min(start + step, weight.shape[0])
         torch.mm(x_MK, decode_rows(weight, start, stop).T, out=y_MN[:, start:stop])
-    return y_MN
+    return y_MN.to(out_dtype)
 
 
-def dense_linear_torch(x_MK: Tensor, weight: DenseWeight) -> Tensor:
+def dense_linear_torch(x_MK: Tensor, weight: DenseWeight, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The torch twin: float32 sums over weights rounded once to bfloat16."""
     x_MK = F.pad(x_MK, (0, weight.shape[1] - x_MK.shape[1]))
     rows = weight if isinstance(weight, Tensor) else decode_rows_torch(weight, 0, weight.shape[0])
-    return F.linear(x_MK.float(), rows.float()).bfloat16()
+    return F.linear(x_MK.float(), rows.float()).to(out_dtype)
 
 
 def concatenate(weights: Sequence[DenseWeight]) -> DenseWeight:

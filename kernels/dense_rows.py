@@ -12,6 +12,7 @@ The warps of a program share the tiles of K between them and meet in shared memo
 fixed order. Decoding costs 1.4 (nvfp4) and 2 (fp8) integer operations a weight, whatever the number of rows.
 """
 
+from dataclasses import replace
 from typing import Final, Literal, NamedTuple
 
 import torch
@@ -283,7 +284,7 @@ def dense_rows_kernel(
         y = gl.sum(gl.convert_layout(block_of(accs[s], GROUPS, W), ONE), 0) * scales[s]
         index = gl.arange(0, 128 * GROUPS, gl.SliceLayout(0, ONE))
         m, n = first_row + index // 16, (strip + s) * 16 + index % 16
-        gl.store(y_ptr + m.to(gl.int64) * N + n, y.to(gl.bfloat16), mask=(m < M) & (n < N))
+        gl.store(y_ptr + m.to(gl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=(m < M) & (n < N))
 
 
 def fits(x_MK: Tensor, weight: DenseWeight) -> bool:
@@ -293,10 +294,17 @@ def fits(x_MK: Tensor, weight: DenseWeight) -> bool:
     return aligned and x_MK.dtype == torch.bfloat16 and x_MK.shape[1] % TILE_COLUMNS[kind] == 0
 
 
-def dense_rows(x_MK: Tensor, weight: DenseWeight, *, dependent: bool = False, tiling: Tiling | None = None) -> Tensor:
+def dense_rows(
+    x_MK: Tensor,
+    weight: DenseWeight,
+    *,
+    dependent: bool = False,
+    tiling: Tiling | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
     """The launcher; its twin is `dense_linear_torch` in dense.py. More than 16 rows read the weight repeatedly."""
     (rows, columns), num_out = x_MK.shape, weight.shape[0]
-    y_MN = torch.empty(rows, num_out, dtype=torch.bfloat16, device=x_MK.device)
+    y_MN = torch.empty(rows, num_out, dtype=out_dtype, device=x_MK.device)
     kind, groups, strips = kind_of(weight), 1 if rows <= 8 else 2, -(-num_out // 16)
     *parts, step = parts_of(weight)
     tiling = tiling or tiling_for(kind, strips, columns // TILE_COLUMNS[kind], groups)
@@ -377,4 +385,6 @@ def compile_cases() -> list[CompileCase]:
                             architectures=(90, 100, 120) if dependent else ARCHITECTURES,
                         )
                     )
-    return cases
+    wide = next(case for case in cases if "bf16 248320" in case.name)
+    signature = {**wide.signature, "y_ptr": "*fp32"}
+    return [*cases, replace(wide, name=f"{wide.name}, float32", signature=signature)]

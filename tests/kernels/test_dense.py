@@ -51,6 +51,16 @@ def test_concatenate(kind: str) -> None:
     assert torch.equal(dense_linear(x, together), torch.cat([dense_linear(x, weight) for weight, _ in parts], dim=1))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32(kind: str) -> None:
+    weight, values = weight_of(kind, 48, 128)
+    x = torch.randn(3, 128).bfloat16()
+    y = dense_linear(x, weight, out_dtype=torch.float32)
+    assert y.dtype == torch.float32
+    assert relative_error(y, x.double() @ values.T) < LIMIT
+    assert torch.equal(y.bfloat16(), dense_linear(x, weight))
+
+
 def test_padding() -> None:
     weight, values = weight_of("nvfp4", 20, 48)
     x = torch.randn(2, 48).bfloat16()
@@ -75,6 +85,19 @@ def test_on_gpu(kind: str, n: int, k: int) -> None:
         wanted = x.double() @ values.T
         for options in ({}, {"dependent": True}, {"plain": True}):
             assert relative_error(dense_linear(x, weight, **options), wanted) < LIMIT, (rows, options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 16, 100])
+def test_float32_on_gpu(kind: str, rows: int) -> None:
+    weight, values = weight_of(kind, 512, 2048)
+    x, weight = torch.randn(rows, 2048, device="cuda").bfloat16(), on("cuda", weight)
+    wanted = x.double() @ values.cuda().T
+    for options in ({"dependent": True}, {"plain": True}):
+        y = dense_linear(x, weight, out_dtype=torch.float32, **options)
+        assert y.dtype == torch.float32
+        assert relative_error(y, wanted) < LIMIT
 
 
 @pytest.mark.gpu
