@@ -1,18 +1,12 @@
-"""Routing: the experts of each row and their weights. For few rows one launch, else the router's product and a choice.
-
-Few rows: a warp multiplies a row by one row of the router and hands the product over in a word of memory, which is -1
-while there is none; a last warp for each row waits for its words, sets them back to -1 and chooses. A word is its own
-flag: nothing is fenced or counted. Warps that wait come last, when all others have their place on the GPU.
+"""Routing: the experts of each row and their weights, in two launches: the router's product, and the choice.
 
 Nothing synchronises with the host, and all sums have a fixed order. Of equal scores the lower expert id wins. On
 sm_90 and later a program may start while its predecessor in the stream still runs: it then loads the router's
 weights first (few rows) and waits before it touches anything else.
 
-Letters: T rows, H hidden, E experts, L logits of a row (E, and one of a shared expert), K choices of a row, S shares
-of H summed apart.
+Letters: T rows, H hidden, E experts, K choices of a row, S shares of H summed apart.
 """
 
-import itertools
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
@@ -28,13 +22,9 @@ from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases, use_twin
 Scoring = Literal["softmax", "sigmoid"]
 
 SUM_EPSILON: Final = 1e-20
-# Between a projection and the experts of Qwen3.6 on an H200 one launch takes 2.8, 2.5, 3.0 and 3.1 us at 1, 2, 4 and 8
-# rows, two take 3.1, 3.9, 4.3 and 4.2; of Gemma-4 at one row 2.9 against 2.7. Two and four rows of x to a program were
-# slower (3.6 and 3.1 at 4 and 8). More rows were not measured.
-FEW_ROWS: Final = 8
-# Streams that may route few rows in one launch, and words of each: 1 MB in all.
-_STREAMS: Final = 32
-_WORDS: Final = 8192
+# Up to here a warp for each expert, beyond tensor cores: 1.7 and 2.0 against 2.5 us at one and two rows of Gemma-4
+# on an H200, 3.3 against 2.5 at four.
+FEW_ROWS: Final = 2
 
 
 class Routes(NamedTuple):
@@ -43,14 +33,12 @@ class Routes(NamedTuple):
 
 
 class _Rule(NamedTuple):
-    """How scores become a choice; `route` says what each means."""
-
     k: int
+    scoring: Scoring
     normalise: bool
-    scoring: Scoring = "softmax"
-    correction_bias: Tensor | None = None
-    scale: float = 1.0
-    shared: bool = False
+    correction_bias: Tensor | None
+    scale: float
+    shared: bool
 
 
 def route(
@@ -70,21 +58,10 @@ def route(
     choice only. `normalise` divides the weights by their sum + 1e-20; `scale` multiplies them last. `shared`: the
     router has one row more, the gate of an expert that every row takes: id E, last, weight sigmoid of its logit.
     """
-    rule = _Rule(k, normalise, scoring, correction_bias, scale, shared)
+    rule = _Rule(k, scoring, normalise, correction_bias, scale, shared)
     if use_twin(x_TH) or x_TH.dtype != torch.bfloat16:
         return choose_twin(logits_twin(x_TH, router_EH), rule)
-    words = _words_for(x_TH, router_EH)
-    if words is None:
-        return _choose(_logits(x_TH, router_EH), rule)
-    (num_rows, hidden), num_logits = x_TH.shape, router_EH.shape[0]
-    routes = _empty_routes(x_TH, rule)
-    x_TH, router_EH = x_TH.contiguous(), router_EH.contiguous()
-    route_few[((num_logits + 1) * num_rows,)](
-        x_TH, router_EH, words, *_pointers(rule, words, routes), num_rows, rule.scale,
-        H=hidden, BH=triton.next_power_of_2(hidden), **_constants(rule, num_logits),
-        num_warps=_few_warps(hidden), **launch_options(x_TH),
-    )  # fmt: skip
-    return routes
+    return _choose(_logits(x_TH, router_EH), rule)
 
 
 def logits_twin(x_TH: Tensor, router_EH: Tensor) -> Tensor:
@@ -107,69 +84,20 @@ def choose_twin(logits_TL: Tensor, rule: _Rule) -> Routes:
     return Routes(expert_ids_TK.int(), weights_TK)
 
 
-_places: dict[torch.device, tuple[Tensor, dict[int, int], "itertools.count[int]"]] = {}
-
-
-def _words_for(x_TH: Tensor, router_EH: Tensor) -> Tensor | None:
-    """Where few rows hand over their products, all -1 between launches: a place for each stream, since launches of one
-    stream follow each other. Graphs captured on one stream must not be replayed on several at once.
-
-    None where there are many rows, more streams than places, or no places yet while a graph is captured.
-    """
-    if x_TH.shape[0] > FEW_ROWS or x_TH.shape[0] * router_EH.shape[0] > _WORDS:
-        return None
-    device = x_TH.device
-    if device not in _places:
-        if x_TH.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None
-        places = torch.full((_STREAMS, _WORDS), -1, dtype=torch.int32, device=device)
-        if x_TH.is_cuda:
-            torch.cuda.current_stream(device).synchronize()  # other streams use it too; once in a process
-        _places.setdefault(device, (places, {}, itertools.count()))
-    places, of_stream, count = _places[device]
-    stream = torch.cuda.current_stream(device).cuda_stream if x_TH.is_cuda else 0
-    if stream not in of_stream:
-        of_stream.setdefault(stream, next(count))
-    place = of_stream[stream]
-    return places[place] if place < _STREAMS else None
-
-
-def _few_warps(hidden: int) -> int:
-    """One, whose sums and choice need no barrier, as long as its registers suffice."""
-    columns: int = triton.next_power_of_2(hidden)
-    return max(1, columns // 4096)
-
-
-def _empty_routes(x_TH: Tensor, rule: _Rule) -> Routes:
-    shape = x_TH.shape[0], rule.k + rule.shared
-    return Routes(x_TH.new_empty(shape, dtype=torch.int32), x_TH.new_empty(shape, dtype=torch.float32))
-
-
-def _pointers(rule: _Rule, other: Tensor, routes: Routes) -> tuple[Tensor, Tensor, Tensor]:
-    return other if rule.correction_bias is None else rule.correction_bias, *routes
-
-
-def _constants(rule: _Rule, num_logits: int) -> dict[str, Any]:
-    num_experts = num_logits - rule.shared
-    return {
-        "E": num_experts,
-        "EP": triton.next_power_of_2(num_experts),
-        "K": rule.k,
-        "KP": triton.next_power_of_2(rule.k),
-        "SIGMOID": rule.scoring == "sigmoid",
-        "BIAS": rule.correction_bias is not None,
-        "NORMALISE": rule.normalise,
-        "SHARED": rule.shared,
-    }
-
-
 def _logits(x_TH: Tensor, router_EH: Tensor) -> Tensor:
     (num_rows, hidden), num_experts = x_TH.shape, router_EH.shape[0]
     x_TH, router_EH = x_TH.contiguous(), router_EH.contiguous()
+    if num_rows <= FEW_ROWS:
+        shares_STE = x_TH.new_empty(1, num_rows, num_experts, dtype=torch.float32)
+        logits_few[(num_experts,)](
+            x_TH, router_EH, shares_STE, num_rows, num_experts, H=hidden, BH=triton.next_power_of_2(hidden),
+            num_warps=1, **launch_options(x_TH),
+        )  # fmt: skip
+        return shares_STE
     bt, be, bk, shares, warps, stages = logits_tiles(num_rows, num_experts, hidden, router_EH.dtype)
     shares_STE = x_TH.new_empty(shares, num_rows, num_experts, dtype=torch.float32)
     logits_tile[(triton.cdiv(num_rows, bt), triton.cdiv(num_experts, be), shares)](
-        x_TH, router_EH, shares_STE, num_rows, num_experts, H=hidden, STEPS=triton.cdiv(hidden, bk * shares),
+        x_TH, router_EH, shares_STE, num_rows, num_experts, H=hidden, STEPS=triton.cdiv(hidden, bk * shares), S=shares,
         BT=bt, BE=be, BK=bk, BF16=x_TH.is_cuda, num_warps=warps, num_stages=stages, **launch_options(x_TH),
     )  # fmt: skip
     return shares_STE
@@ -194,81 +122,40 @@ def logits_tiles(
 
 def _choose(shares_STL: Tensor, rule: _Rule) -> Routes:
     shares, num_rows, num_logits = shares_STL.shape
-    routes = _empty_routes(shares_STL[0], rule)
+    num_experts, taken = num_logits - rule.shared, rule.k + rule.shared
+    routes = Routes(
+        shares_STL.new_empty(num_rows, taken, dtype=torch.int32),
+        shares_STL.new_empty(num_rows, taken, dtype=torch.float32),
+    )
+    bias = rule.correction_bias
     choose_rows[(num_rows,)](
-        shares_STL, *_pointers(rule, shares_STL, routes), num_rows, rule.scale,
-        S=shares, **_constants(rule, num_logits), num_warps=1, **launch_options(shares_STL),
+        shares_STL, shares_STL if bias is None else bias, *routes, num_rows, rule.scale,
+        E=num_experts, EP=triton.next_power_of_2(num_experts), K=rule.k, KP=triton.next_power_of_2(rule.k), S=shares,
+        SIGMOID=rule.scoring == "sigmoid", BIAS=bias is not None, NORMALISE=rule.normalise, SHARED=rule.shared,
+        num_warps=1, **launch_options(shares_STL),
     )  # fmt: skip
     return routes
 
 
 @triton.jit
-def route_few(
-    x_ptr, w_ptr, words_ptr, bias_ptr, ids_ptr, weights_ptr, T, scale,
-    H: tl.constexpr, BH: tl.constexpr,
-    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
-    SIGMOID: tl.constexpr, BIAS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr,
+def logits_few(
+    x_ptr, w_ptr, out_ptr, T, num_experts, H: tl.constexpr, BH: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    """A program for each logit, then one for each row's choice."""
-    L: tl.constexpr = E + SHARED
-    program = tl.program_id(0)
-    if program < T * L:
-        t, e, h = program // L, program % L, tl.arange(0, BH)
-        w = tl.load(w_ptr + e * H + h, mask=h < H, other=0.0)
-        if PDL:
-            gdc_wait()
-            gdc_launch_dependents()
+    """A warp for each expert: its row of the router stays in registers, and its sums need no barrier."""
+    expert = tl.program_id(0)
+    h = tl.arange(0, BH)
+    w = tl.load(w_ptr + expert * H + h, mask=h < H, other=0.0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    for t in range(T):
         x = tl.load(x_ptr + t * H + h, mask=h < H, other=0.0)
-        product = tl.sum(x.to(tl.float32) * w.to(tl.float32))
-        # Of the bit patterns of NaN -1 is one.
-        word = tl.where(product == product, product.to(tl.int32, bitcast=True), 0x7FC00000)
-        tl.atomic_xchg(words_ptr + program, word, sem="relaxed")
-    else:
-        if PDL:
-            gdc_wait()
-            gdc_launch_dependents()
-        _choose_handed_over(
-            words_ptr, bias_ptr, ids_ptr, weights_ptr, program - T * L, scale,
-            E, EP, K, KP, SIGMOID, BIAS, NORMALISE, SHARED,
-        )  # fmt: skip
-
-
-@triton.jit
-def _choose_handed_over(
-    words_ptr, bias_ptr, ids_ptr, weights_ptr, t, scale,
-    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
-    SIGMOID: tl.constexpr, BIAS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr,
-):  # fmt: skip
-    """Waits for the words of row t. Should they never come it gives up after about a second: better than to hang."""
-    EMPTY: tl.constexpr = -1
-    e = tl.arange(0, EP)
-    words_ptr += t * (E + SHARED)
-    words = tl.full((EP,), EMPTY, tl.int32)
-    gate_word = EMPTY
-    missing = 1
-    tries = 0
-    while (missing > 0) & (tries < (1 << 20)):
-        words = tl.load(words_ptr + e, mask=e < E, other=0, volatile=True)
-        empty = words == EMPTY
-        if SHARED:
-            gate_word = tl.load(words_ptr + E, volatile=True)
-            empty |= gate_word == EMPTY  # before the maximum, so that all threads go round the loop as often
-        missing = tl.max(empty.to(tl.int32), 0)
-        tries += 1
-    tl.store(words_ptr + e, tl.full((EP,), EMPTY, tl.int32), mask=e < E)
-    gate = 0.0
-    if SHARED:
-        tl.store(words_ptr + E, EMPTY)
-        gate = gate_word.to(tl.float32, bitcast=True)
-    _choose_row(
-        words.to(tl.float32, bitcast=True), gate, bias_ptr, ids_ptr, weights_ptr, t, scale,
-        E, EP, K, KP, SIGMOID, BIAS, NORMALISE, SHARED,
-    )  # fmt: skip
+        tl.store(out_ptr + t * num_experts + expert, tl.sum(x.to(tl.float32) * w.to(tl.float32)))
 
 
 @triton.jit
 def logits_tile(
-    x_ptr, w_ptr, out_ptr, T, num_experts, H: tl.constexpr, STEPS: tl.constexpr,
+    x_ptr, w_ptr, out_ptr, T, num_experts, H: tl.constexpr, STEPS: tl.constexpr, S: tl.constexpr,
     BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, BF16: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One share of H. A float32 router is split in three bfloat16 terms, which together hold its 24 bits."""
@@ -276,7 +163,7 @@ def logits_tile(
     e = tl.program_id(1) * BE + tl.arange(0, BE)
     first = tl.program_id(2) * (STEPS * BK)
     k = tl.arange(0, BK)
-    EVEN: tl.constexpr = H % (STEPS * BK) == 0
+    EVEN: tl.constexpr = H == S * STEPS * BK  # the last share may reach beyond H, or lie there whole
     x_at = x_ptr + t.to(tl.int64)[None, :] * H + (first + k)[:, None]
     w_at = w_ptr + e[:, None] * H + (first + k)[None, :]
     live_t, live_e = (t < T)[None, :], (e < num_experts)[:, None]
@@ -309,77 +196,53 @@ def logits_tile(
 
 @triton.jit
 def choose_rows(
-    shares_ptr, bias_ptr, ids_ptr, weights_ptr, T, scale, S: tl.constexpr,
-    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    shares_ptr, bias_ptr, ids_ptr, weights_ptr, T, scale,
+    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S: tl.constexpr,
     SIGMOID: tl.constexpr, BIAS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The choice of one row, by one warp, so that no step needs a barrier."""
-    L: tl.constexpr = E + SHARED
+    LINE: tl.constexpr = E + SHARED
+    TAKEN: tl.constexpr = K + SHARED
     t = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, EP)
+    k = tl.arange(0, KP)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     logit = tl.zeros((EP,), tl.float32)
-    gate = 0.0
     for share in tl.static_range(S):
-        logit += tl.load(shares_ptr + (share * T + t) * L + e, mask=e < E, other=0.0)
-        if SHARED:
-            gate += tl.load(shares_ptr + (share * T + t) * L + E)
-    _choose_row(logit, gate, bias_ptr, ids_ptr, weights_ptr, t, scale, E, EP, K, KP, SIGMOID, BIAS, NORMALISE, SHARED)
-
-
-@triton.jit
-def _choose_row(
-    logit, gate, bias_ptr, ids_ptr, weights_ptr, t, scale,
-    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
-    SIGMOID: tl.constexpr, BIAS: tl.constexpr, NORMALISE: tl.constexpr, SHARED: tl.constexpr,
-):  # fmt: skip
-    """Integers of the scores' order, since a maximum of integers over a warp is one instruction."""
-    LOWEST: tl.constexpr = -(1 << 31)
-    TAKEN: tl.constexpr = K + SHARED
-    e = tl.arange(0, EP)
-    k = tl.arange(0, KP)
-    own = tl.where(e < E, _ordered(logit), LOWEST)
-    top = _from_ordered(tl.max(own, 0))
+        logit += tl.load(shares_ptr + (share * T + t) * LINE + e, mask=e < E, other=0.0)
+    top = tl.max(tl.where(e < E, logit, float("-inf")), 0)
     total = 1.0
-    # A sum that the weights' own sum cancels, unless a bias may choose experts of next to no score.
-    if not SIGMOID and (BIAS or not NORMALISE):
+    if not SIGMOID:
         total = tl.sum(tl.where(e < E, tl.exp(logit - top), 0.0), 0)
-    keys = own
+    by = logit
     if BIAS:
         by = _score(logit, top, total, SIGMOID) + tl.load(bias_ptr + e, mask=e < E, other=0.0)
-        keys = tl.where(e < E, _ordered(by), LOWEST)
+    # As integers of the same order, so that a maximum over a warp is one instruction; -0.0 equals 0.0.
+    bits = tl.where(by == 0.0, 0.0, by).to(tl.int32, bitcast=True)
+    LOWEST: tl.constexpr = -(1 << 31)
+    keys = tl.where(e < E, bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST)
     ids = tl.zeros((KP,), tl.int32)
-    chosen = tl.zeros((KP,), tl.int32)
     for choice in tl.static_range(K):
         best = tl.max(keys, 0)
-        expert = tl.min(tl.where(keys == best, e, EP - 1), 0)
-        if BIAS:
-            best = tl.max(tl.where(e == expert, own, LOWEST), 0)
+        expert = tl.min(tl.where(keys == best, e, EP), 0)
         keys = tl.where(e == expert, LOWEST, keys)
         ids = tl.where(k == choice, expert, ids)
-        chosen = tl.where(k == choice, best, chosen)
-    weights = tl.where(k < K, _score(_from_ordered(chosen), top, total, SIGMOID), 0.0)
+    chosen = tl.zeros((KP,), tl.float32)
+    for share in tl.static_range(S):
+        chosen += tl.load(shares_ptr + (share * T + t) * LINE + ids, mask=k < K, other=0.0)
+    weights = tl.where(k < K, _score(chosen, top, total, SIGMOID), 0.0)
     if NORMALISE:
         weights = weights / (tl.sum(weights, 0) + 1e-20)
     tl.store(ids_ptr + t * TAKEN + k, ids, mask=k < K)
     tl.store(weights_ptr + t * TAKEN + k, weights * scale, mask=k < K)
     if SHARED:
+        gate = 0.0
+        for share in tl.static_range(S):
+            gate += tl.load(shares_ptr + (share * T + t) * LINE + E)
         tl.store(ids_ptr + t * TAKEN + K, E)
         tl.store(weights_ptr + t * TAKEN + K, 1 / (1 + tl.exp(-gate)))
-
-
-@triton.jit
-def _ordered(x):
-    """-0.0 equals 0.0."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _from_ordered(keys):
-    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -390,31 +253,41 @@ def _score(logit, top, total, SIGMOID: tl.constexpr):
         return tl.exp(logit - top) / total
 
 
-_CHOICES: Final[dict[str, dict[str, Any]]] = {
-    "": _constants(_Rule(8, True, shared=True), 257),
-    " sigmoid": _constants(_Rule(22, True, "sigmoid", torch.empty(0)), 512),
-}
-
-
 def compile_cases() -> list[CompileCase]:
     sizes = {"T": "i32", "num_experts": "i32"}
     plain = {"x_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*fp32"} | sizes
     exact = plain | {"w_ptr": "*fp32"}
-    choice = {"bias_ptr": "*fp32", "ids_ptr": "*i32", "weights_ptr": "*fp32", "T": "i32", "scale": "fp32"}
-    few = {"x_ptr": "*bf16", "w_ptr": "*bf16", "words_ptr": "*i32"} | choice
-    cases = []
-    for hidden, rule, router in ((2048, "", "*bf16"), (2688, " sigmoid", "*fp32"), (7168, "", "*bf16")):
-        shape = {"H": hidden, "BH": triton.next_power_of_2(hidden), **_CHOICES[rule]}
-        options = {"num_warps": _few_warps(hidden)}
-        cases += pdl_cases(f"route_few {hidden}{rule}", route_few, few | {"w_ptr": router}, options, **shape)
+    choose = {"shares_ptr": "*fp32", "bias_ptr": "*fp32", "ids_ptr": "*i32", "weights_ptr": "*fp32"}
+    choose |= {"T": "i32", "scale": "fp32"}
+    small: dict[str, Any] = {
+        "E": 256,
+        "EP": 256,
+        "K": 8,
+        "KP": 8,
+        "SIGMOID": False,
+        "BIAS": False,
+        "NORMALISE": True,
+        "SHARED": True,
+    }
+    large: dict[str, Any] = {
+        "E": 512,
+        "EP": 512,
+        "K": 22,
+        "KP": 32,
+        "SIGMOID": True,
+        "BIAS": True,
+        "NORMALISE": True,
+        "SHARED": False,
+    }
+    cases = pdl_cases("logits_few", logits_few, plain, {"num_warps": 1}, H=2816, BH=4096)
+    cases += pdl_cases("logits_few float32", logits_few, exact, {"num_warps": 1}, H=2688, BH=4096)
     for rows, signature in ((64, plain), (512, plain), (1024, plain), (4096, plain), (64, exact), (4096, exact)):
         bt, be, bk, shares, warps, stages = logits_tiles(
             rows, 256, 2048, torch.float32 if signature is exact else torch.bfloat16
         )
         name = f"logits_tile {rows}{' float32' * (signature is exact)}"
-        tile = {"H": 2048, "STEPS": 2048 // (bk * shares), "BT": bt, "BE": be, "BK": bk, "BF16": True}
+        tile = {"H": 2048, "STEPS": 2048 // (bk * shares), "S": shares, "BT": bt, "BE": be, "BK": bk, "BF16": True}
         cases += pdl_cases(name, logits_tile, signature, {"num_warps": warps, "num_stages": stages}, **tile)
-    for rule, constants in _CHOICES.items():
-        signature = {"shares_ptr": "*fp32"} | choice
-        cases += pdl_cases(f"choose_rows{rule}", choose_rows, signature, {"num_warps": 1}, **constants, S=1)
+    cases += pdl_cases("choose_rows", choose_rows, choose, {"num_warps": 1}, **small, S=1)
+    cases += pdl_cases("choose_rows sigmoid", choose_rows, choose, {"num_warps": 1}, **large, S=1)
     return cases
