@@ -1,0 +1,325 @@
+"""Which tokens of which sequences the next step computes. Pure Python: no torch, no clock, no threads.
+
+Sequences join and leave at every step. A step has a budget of rows: the next token of every sequence that has begun
+to answer is certain of its row, and chunks of prompts share the others, in the order of priority and arrival. When
+pages run out, the sequence that is last in that order gives its pages back and waits; its tokens are computed again
+later. So no step fails, and no sequence is lost. A step may be planned before the tokens of the one before it are
+known.
+
+Who comes first in the order is never held up by those after him: pages are granted in the order, and nobody overtakes
+the first one that waits, even if he waits for room for a long prompt while a short one would fit. That costs some
+throughput and keeps the promise that everybody is served. A higher priority is served first and gives way last; it
+does not push out those who run already, and an endless stream of it starves what is below it.
+"""
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Final
+
+from moe_nvfp4.engine.sequence_memory import Memory, SequenceMemory, TableChange
+
+SNAPSHOT_PAGES: Final = 4  # a shorter prefix is computed again faster than its states are copied
+
+
+def _order(sequence: "Sequence") -> tuple[int, int]:
+    return sequence.order
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    slots: int  # sequences at once
+    step_rows: int  # rows of a step; it has at least one for each slot
+    chunk: int  # rows of one prompt in a step
+    max_waiting: int
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One answer in the making. `tokens` are the prompt and what has been sampled since, as far as it is known."""
+
+    ident: int
+    tokens: list[int]
+    max_new_tokens: int
+    max_length: int  # lowered when it is added, if there are too few pages for it
+    priority: int = 0  # smaller is sooner
+    deadline: float | None = None
+    prompt_length: int = field(init=False)
+    slot: int = -1  # -1: waiting, or done
+    memory: Memory | None = None
+    keys: list[bytes] = field(default_factory=list)  # of its pages, as far as they are known
+    computed: int = 0  # tokens whose keys and values are, or are about to be, in the cache
+    shared: int = 0  # leading tokens that others had too; worth a snapshot
+    in_flight: int = 0  # sampled tokens that the host has not seen
+    reused: int = 0  # tokens of the prompt that were not computed
+    preemptions: int = 0
+    done: bool = False
+    answering: bool = False  # it has got a token in the slot it has now, and each of its rows is the next token
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """With the tokens that are on their way."""
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.priority, self.ident
+
+    @property
+    def ends_by_length(self) -> bool:
+        """Whether no further token may follow those that are on their way."""
+        return self.length - self.prompt_length >= self.max_new_tokens or self.length >= self.max_length
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Tokens `start` to `start + count` of a sequence. `samples`: the last of them gives a new token."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+    continues: bool = False  # one token, the one that this slot has given last
+    restore: int | None = None  # copy the states of this snapshot to the slot first
+    snapshot: int | None = None  # copy the slot's states to this line afterwards
+    changes: tuple[TableChange, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    rows: tuple[Rows, ...]  # in the order of priority and arrival
+
+    @property
+    def decodes_only(self) -> bool:
+        """Whether each row takes the token that its slot has given last."""
+        return all(rows.continues for rows in self.rows)
+
+
+class QueueFull(Exception):
+    """As many requests run and wait as may, or all slots are taken."""
+
+
+class Scheduler:
+    def __init__(self, memory: SequenceMemory, limits: Limits):
+        self.memory, self.limits = memory, limits
+        self.waiting: list[Sequence] = []  # in order
+        self.running: list[Sequence] = []  # in order
+        self._free_slots = list(range(limits.slots))[::-1]
+        self._lent: dict[int, Memory] = {}
+        self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; those that are done go when they are on top
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def add(self, sequence: Sequence) -> None:
+        """Its length must fit. An answer that would outgrow all pages ends by length before."""
+        if len(self.waiting) + len(self.running) >= self.limits.slots + self.limits.max_waiting:
+            raise QueueFull(f"{len(self.running)} requests run and {len(self.waiting)} wait already")
+        assert self.fits(sequence.prompt_length + 1), "such a sequence would wait for ever"
+        longest = self.memory.longest(self.limits.chunk)
+        if longest is not None:
+            sequence.max_length = min(sequence.max_length, longest)
+        insort(self.waiting, sequence, key=_order)
+        if sequence.deadline is not None:
+            heapq.heappush(self._deadlines, (sequence.deadline, sequence.ident, sequence))
+
+    def fits(self, length: int) -> bool:
+        """Whether a sequence of this length can run at all, alone."""
+        longest = self.memory.longest(self.limits.chunk)
+        return longest is None or length <= longest
+
+    def finish(self, sequence: Sequence) -> None:
+        """The answer is complete, cancelled or late: its slot and pages are free from the next step on."""
+        if sequence.done:
+            return
+        sequence.done = True
+        if sequence.slot >= 0:
+            self._leave(sequence)
+            return
+        place = bisect_left(self.waiting, sequence.order, key=_order)
+        if place < len(self.waiting) and self.waiting[place] is sequence:
+            del self.waiting[place]
+
+    def lend(self) -> tuple[int, Memory]:
+        """A slot for somebody who steps by himself, between steps; its memory grows through `self.memory.grow`."""
+        if not self._free_slots:
+            raise QueueFull(f"all {self.limits.slots} slots are in use")
+        slot = self._free_slots.pop()
+        self._lent[slot] = memory = self.memory.empty()
+        return slot, memory
+
+    def give_back(self, slot: int, memory: Memory) -> None:
+        assert self._lent.pop(slot, None) is memory, f"slot {slot} was not lent with this memory"
+        self.memory.end(memory)
+        self._free_slots.append(slot)
+
+    def late(self, now: float) -> list[Sequence]:
+        """Those whose deadline has passed, until they are finished."""
+        heap = self._deadlines
+        while heap and heap[0][2].done:
+            heapq.heappop(heap)
+        if not heap or heap[0][0] > now:
+            return []
+        return [sequence for deadline, _, sequence in sorted(heap) if deadline <= now and not sequence.done]
+
+    def plan(self) -> Step | None:
+        """The next step, or None when there is nothing to compute now. What it gives is to be launched."""
+        planned: list[Rows] = []
+        # Those that hold a slot and do not answer yet leave at least one row to prompts.
+        budget = max(self.limits.step_rows, self.limits.slots)
+        budget -= sum(s.computed + 1 == s.length and not s.ends_by_length for s in self.running)
+        for sequence in tuple(self.running):
+            left = sequence.length - sequence.computed
+            # A sequence may have given its place up to one before it, or wait for its last token to arrive.
+            if sequence.slot < 0 or left == 0 or sequence.ends_by_length:
+                continue
+            if left == 1:
+                if self._grow(sequence, 1):
+                    planned.append(self._rows(sequence, 1))
+            elif budget > 0 and (rows := self._plan_chunk(sequence, budget)) is not None:
+                planned.append(rows)
+                budget -= rows.count
+        while budget > 0 and (first := self._admit()) is not None:
+            restore = self._begin(first)
+            rows = self._plan_chunk(first, budget, restore)
+            assert rows is not None, "it was admitted because there is room"
+            planned.append(rows)
+            budget -= rows.count
+        self.memory.publish()
+        for rows in planned:
+            if rows.samples:
+                rows.sequence.in_flight += 1
+                rows.sequence.answering = True
+        return Step(tuple(planned)) if planned else None
+
+    def took(self, rows: Rows, token: int) -> None:
+        """The token that a row gave has arrived. Of an answer that is over, and of one that gave its pages up and
+        will compute the token's place again, it is kept all the same."""
+        sequence = rows.sequence
+        assert rows.samples and sequence.in_flight > 0, f"sequence {sequence.ident} expects no token"
+        sequence.in_flight -= 1
+        sequence.tokens.append(token)
+        if sequence.memory is not None:
+            self.memory.offer(sequence.memory, sequence.tokens, sequence.computed)
+
+    def _rows(self, sequence: Sequence, count: int, restore: int | None = None) -> Rows:
+        memory = sequence.memory
+        assert memory is not None
+        start, sequence.computed = sequence.computed, sequence.computed + count
+        if sequence.answering:  # the usual row of a long answer
+            changes = tuple(memory.take_changes()) if memory.changes else ()
+            self.memory.offer(memory, sequence.tokens, sequence.computed)
+            return Rows(sequence, start, 1, True, True, changes=changes)
+        snapshot, end = None, sequence.computed
+        if SNAPSHOT_PAGES * self.memory.page <= end <= sequence.prompt_length:
+            passing = end not in self._stops(sequence)
+            snapshot = self.memory.snapshot(memory, sequence.tokens, end, passing=passing)
+        self.memory.offer(memory, sequence.tokens, end)
+        changes = tuple(memory.take_changes())
+        return Rows(sequence, start, count, end == sequence.length, False, restore, snapshot, changes)
+
+    def _stops(self, sequence: Sequence) -> tuple[int, int]:
+        """Where chunks of a prompt end for the sake of a snapshot: after what others had too, and after the last page
+        that one with the same prompt could go on from."""
+        return sequence.shared, (sequence.prompt_length - 1) // self.memory.page * self.memory.page
+
+    def _begin(self, sequence: Sequence) -> int | None:
+        """Looked up as late as possible: what came before in this very step may be reused."""
+        memory, reused, restore, matched = self.memory.begin(sequence.tokens, sequence.keys)
+        sequence.memory, sequence.computed, sequence.shared = memory, reused, matched
+        if not sequence.preemptions:
+            sequence.reused = reused
+        return restore
+
+    def _plan_chunk(self, sequence: Sequence, budget: int, restore: int | None = None) -> Rows | None:
+        """Rows of a prompt, or of an answer that is computed again; None where it lost its place."""
+        left, page = sequence.length - sequence.computed, self.memory.page
+        count = min(left, budget, self.limits.chunk)
+        if self.memory.takes_snapshots:
+            # States can be reused only from where they were copied, and only from the end of a page.
+            for stop in self._stops(sequence):
+                if sequence.computed < stop and stop >= SNAPSHOT_PAGES * page:
+                    count = min(count, stop - sequence.computed)
+            aligned = (sequence.computed + count) // page * page
+            if count < left and aligned > sequence.computed:
+                count = aligned - sequence.computed
+        return self._rows(sequence, count, restore) if self._grow(sequence, count) else None
+
+    def _grow(self, sequence: Sequence, count: int) -> bool:
+        """Makes room for the next rows of a sequence, at the cost of those after it, none of which is planned yet.
+        False: it is the last one, and lost its own place."""
+        if count == 1 and sequence.computed % self.memory.page:
+            return True  # on a page that it has
+        while sequence.slot >= 0:
+            assert sequence.memory is not None
+            if self.memory.grow(sequence.memory, sequence.computed, sequence.computed + count):
+                return True
+            self._preempt(self.running[-1])
+        return False
+
+    def _admit(self) -> Sequence | None:
+        """The first waiting sequence, if there are a slot and, beside what runs, pages for its tokens."""
+        if not self.waiting or not self._free_slots:
+            return None
+        first = self.waiting[0]
+        if first.in_flight or not self.memory.has_room(first.tokens, first.keys, self.limits.chunk, self._reserved()):
+            return None
+        if self.memory.better_soon(first.tokens, first.keys):
+            return None
+        del self.waiting[0]
+        first.slot = self._free_slots.pop()
+        insort(self.running, first, key=_order)
+        return first
+
+    def _reserved(self) -> list[int]:
+        """Pages that prompts which run already have still to take."""
+        reserved = [0] * len(self.memory.pools)
+        for sequence in self.running:
+            memory = sequence.memory
+            if sequence.answering or memory is None:
+                continue
+            needed = self.memory.pages_for(sequence.length + 1, self.limits.chunk)
+            for group, table in enumerate(memory.tables):
+                reserved[group] += max(0, needed[group] - len(table) + memory.dropped[group])
+        return reserved
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        sequence.preemptions += 1
+        insort(self.waiting, sequence, key=_order)
+
+    def _leave(self, sequence: Sequence) -> None:
+        assert sequence.memory is not None
+        del self.running[bisect_left(self.running, sequence.order, key=_order)]
+        self.memory.end(sequence.memory)
+        self._free_slots.append(sequence.slot)
+        sequence.slot, sequence.memory, sequence.computed, sequence.answering = -1, None, 0, False
+
+
+def check(scheduler: Scheduler, sequences: Iterable[Sequence] = ()) -> None:
+    """What holds between steps."""
+    memory, running, waiting = scheduler.memory, scheduler.running, scheduler.waiting
+    memory.check()
+    slots = [s.slot for s in running] + list(scheduler._lent) + scheduler._free_slots
+    assert sorted(slots) == list(range(scheduler.limits.slots)), "a slot is lost, or in two hands"
+    for queue in (running, waiting):
+        assert all(a.order < b.order for a, b in pairwise(queue)), "sequences are out of order"
+    holders = [[0] * pool.count for pool in memory.pools]
+    for holder in (*(s.memory for s in running), *scheduler._lent.values()):
+        assert holder is not None
+        for counts, table in zip(holders, holder.tables, strict=True):
+            for page in table:
+                if page >= 0:
+                    counts[page] += 1
+    for counts, pool in zip(holders, memory.pools, strict=True):
+        assert pool._holders == counts, "a page is held by nobody that runs, or not by somebody who does"
+    places = {id(s) for s in running}, {id(s) for s in waiting}
+    for sequence in sequences:
+        found = sum(id(sequence) in place for place in places) + sequence.done
+        assert found == 1, f"sequence {sequence.ident} is in {found} places"

@@ -1,0 +1,280 @@
+"""The scheduler over random traces, against a device that knows what every place ought to hold."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from scheduler_model import Server
+
+from moe_nvfp4.engine.scheduler import Limits, QueueFull, Scheduler, Sequence, check
+from moe_nvfp4.engine.sequence_memory import PageGroup, SequenceMemory
+
+PAGE = 4
+GROUPS = {
+    "full": lambda pages: [PageGroup(pages)],
+    "window": lambda pages: [PageGroup(pages), PageGroup(max(pages // 2, 10), 9)],
+    "states": lambda pages: [PageGroup(pages)],
+}
+
+
+def scheduler(
+    kind: str = "full", *, pages: int = 24, snapshots: int = 4, reuse: bool = True, **limits: int
+) -> Scheduler:
+    memory = SequenceMemory(GROUPS[kind](pages), PAGE, snapshots if kind == "states" else None, reuse=reuse)
+    return Scheduler(memory, Limits(**{"slots": 4, "step_rows": 24, "chunk": 16, "max_waiting": 64} | limits))
+
+
+def sequence(ident: int, prompt: int | list[int], new: int = 4, **options: object) -> Sequence:
+    tokens = prompt if isinstance(prompt, list) else [1 + ident] * prompt
+    return Sequence(ident, list(tokens), new, 10_000, **options)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Trace:
+    kind: str
+    pages: int
+    snapshots: int
+    reuse: bool
+    depth: int
+    limits: dict[str, int]
+    seed: int
+
+
+traces = st.builds(
+    Trace,
+    kind=st.sampled_from(sorted(GROUPS)),
+    pages=st.integers(6, 60),
+    snapshots=st.integers(0, 6),
+    reuse=st.booleans() | st.just(True),
+    depth=st.integers(1, 3),
+    limits=st.fixed_dictionaries(
+        {"slots": st.integers(1, 6), "step_rows": st.integers(1, 40), "chunk": st.integers(1, 24)}
+    ),
+    seed=st.integers(0, 2**32),
+)
+
+
+@example(Trace("states", 6, 1, True, 1, {"slots": 1, "step_rows": 1, "chunk": 1}, 0))  # chunks shorter than a page
+@given(traces)
+def test_random_traces(trace: Trace) -> None:
+    play(trace, requests=25)
+
+
+def play(trace: Trace, requests: int) -> Server:
+    rng = random.Random(trace.seed)
+    s = scheduler(trace.kind, pages=trace.pages, snapshots=trace.snapshots, reuse=trace.reuse, **trace.limits)
+    server, cancelled, lent, now = Server(s, trace.depth, rng.choice((7, 97))), set(), [], 0.0
+    bases = [[rng.randrange(1, 5) for _ in range(90)] for _ in range(3)]
+    arriving = [make(rng, ident, bases) for ident in range(requests)]
+    while arriving or s.running or s.waiting or server.flights:
+        now += 1
+        while arriving and rng.random() < 0.4:
+            request = arriving.pop(0)
+            if s.fits(request.prompt_length + 1):
+                request.deadline = now + rng.randrange(1, 60) if rng.random() < 0.2 else None
+                server.add(request)
+        if server.sequences and rng.random() < 0.06:
+            cancel(server, rng.choice(server.sequences), cancelled)
+        for late in s.late(now):
+            cancel(server, late, cancelled)
+        if not lent and s.free_slots and rng.random() < 0.05:
+            lent.append(s.lend())
+            s.memory.grow(lent[0][1], 0, rng.randrange(1, 30))
+        elif lent and rng.random() < 0.3:
+            s.give_back(*lent.pop())
+        if not server.turn():
+            assert lent or not (s.waiting or s.running), "nothing happens any more"
+        assert now < 50_000
+    while lent:
+        s.give_back(*lent.pop())
+    check(s, server.sequences)
+    assert all(pool.held == 0 for pool in s.memory.pools)
+    server.check_answers(cancelled)
+    return server
+
+
+def make(rng: random.Random, ident: int, bases: list[list[int]]) -> Sequence:
+    base = rng.choice(bases)[: rng.randrange(1, 80)]
+    tail = [rng.randrange(1, 5) for _ in range(rng.choice((0, 0, 1, 5)))]
+    return sequence(ident, base + tail, rng.randrange(1, 25), priority=rng.choice((0, 0, 0, 1)))
+
+
+def cancel(server: Server, victim: Sequence, cancelled: set[int]) -> None:
+    if not victim.done:
+        cancelled.add(victim.ident)
+        server.scheduler.finish(victim)
+        assert victim.slot == -1 and victim.memory is None
+
+
+def test_the_trace_reaches_what_it_is_for() -> None:
+    """Without preemption, reuse or snapshots the test above would say little."""
+    limits = {"slots": 4, "step_rows": 24, "chunk": 16}
+    preempted = reused = 0
+    for seed in range(8):
+        server = play(Trace("states", 34, 5, True, 2, limits, seed), requests=30)
+        preempted += sum(s.preemptions for s in server.sequences)
+        reused += sum(s.reused for s in server.sequences)
+    assert preempted > 5 and reused > 300
+
+
+def test_one_token_left_of_a_prompt_is_no_decode_row() -> None:
+    """A decode step takes the token that the slot has given last; here that is another sequence's."""
+    s = scheduler(chunk=8)
+    s.add(sequence(0, 9))
+    first, second = s.plan(), s.plan()
+    assert first is not None and second is not None
+    assert [(r.start, r.count, r.samples) for r in second.rows] == [(8, 1, True)]
+    assert not second.decodes_only
+    third = s.plan()
+    assert third is not None and third.decodes_only
+
+
+def test_a_snapshot_is_found_only_after_its_step() -> None:
+    """It is copied after the step, and restored before. One with the same prompt waits for it."""
+    s = scheduler("states", step_rows=64, chunk=32)
+    prompt = [5] * 24
+    s.add(sequence(0, prompt))
+    s.add(sequence(1, prompt))
+    first = s.plan()
+    assert first is not None and [(r.sequence.ident, r.start, r.count) for r in first.rows] == [(0, 0, 20)]
+    line = first.rows[0].snapshot
+    second = s.plan()
+    assert second is not None
+    assert [(r.sequence.ident, r.start, r.restore) for r in second.rows] == [(0, 20, None), (1, 20, line)]
+
+
+def test_states_of_a_shared_beginning_are_kept_from_the_second_prompt_on() -> None:
+    """No chunk ends there by itself: the second one finds the pages without the states, and stops to keep them."""
+    server = Server(scheduler("states", pages=60, step_rows=64, chunk=64), depth=1)
+    system = [3] * 24
+    for ident in range(3):
+        server.add(sequence(ident, [*system, *[4 + ident] * 12], 1))
+        server.finish()
+    assert [s.reused for s in server.sequences] == [0, 0, 24]
+    server.check_answers(set())
+
+
+def test_a_long_prompt_takes_one_line_of_snapshots_in_passing() -> None:
+    s = scheduler("states", pages=200, snapshots=3, step_rows=64, chunk=16)
+    server = Server(s, depth=1)
+    for ident, prompt in enumerate(([7] * 20, [8] * 160, [7] * 20)):
+        server.add(sequence(ident, prompt, 1))
+        server.finish()
+    assert server.sequences[2].reused == 16
+
+
+def test_decode_rows_come_before_prompts() -> None:
+    s = scheduler(pages=100, step_rows=6, chunk=6)
+    server = Server(s, depth=1)
+    for ident in range(3):
+        server.add(sequence(ident, 1, 30))
+    server.turn()
+    server.add(sequence(3, 60, 1))
+    step = s.plan()
+    assert step is not None and [r.count for r in step.rows] == [1, 1, 1, 3]
+
+
+def test_more_slots_than_rows() -> None:
+    server = Server(scheduler(pages=100, slots=6, step_rows=2, chunk=4), depth=2)
+    for ident in range(12):
+        server.add(sequence(ident, 9, 9))
+    server.finish()
+    server.check_answers(set())
+
+
+def test_pages_go_to_who_comes_first() -> None:
+    """A prompt of high priority takes pages from an answer of low priority, although answers are certain of rows."""
+    s = scheduler(pages=12, reuse=False, chunk=8, step_rows=10)
+    low = [sequence(i, 15, 30, priority=1) for i in range(2)]
+    server = Server(s, depth=1)
+    for one in low:
+        server.add(one)
+    for _ in range(6):
+        server.turn()
+    high = sequence(2, 14, 20)
+    server.add(high)
+    server.finish()
+    assert high.preemptions == 0 and low[0].preemptions <= low[1].preemptions and low[1].preemptions > 0
+    server.check_answers(set())
+
+
+def test_equal_priorities_are_served_in_the_order_of_arrival() -> None:
+    """A long prompt first in the queue holds up the short ones behind it, and is not overtaken for ever."""
+    s = scheduler(pages=20, reuse=False)
+    server = Server(s, depth=1)
+    server.add(sequence(0, 30, 40))
+    server.turn()
+    server.add(sequence(1, 50, 2))
+    for ident in range(2, 30):
+        server.add(sequence(ident, 3, 2))
+    started: list[int] = []
+    while server.turn():
+        started += [q.ident for q in server.sequences if q.computed and q.ident not in started]
+    assert started == sorted(started)
+    server.check_answers(set())
+
+
+def test_who_cannot_fit_is_refused_and_who_outgrows_the_pages_ends() -> None:
+    s = scheduler(pages=6)
+    assert s.fits(24) and not s.fits(25)
+    alone = sequence(0, 23, 50)
+    server = Server(s, depth=2)
+    server.add(alone)
+    server.finish(turns=100)
+    assert len(server.answers[0]) == 1 and alone.preemptions == 0
+    with pytest.raises(AssertionError, match="for ever"):
+        s.add(sequence(1, 24))
+
+
+def test_windows_do_not_bound_a_sequence_that_fits_them() -> None:
+    memory = SequenceMemory([PageGroup(100), PageGroup(8, 9)], PAGE)
+    assert Scheduler(memory, Limits(slots=1, step_rows=16, chunk=16, max_waiting=1)).fits(400)
+    assert not Scheduler(memory, Limits(slots=1, step_rows=32, chunk=32, max_waiting=1)).fits(400)
+
+
+def test_the_queue_is_bounded() -> None:
+    s = scheduler(slots=1, max_waiting=2, pages=6)
+    for ident in range(3):
+        s.add(sequence(ident, 8))
+    with pytest.raises(QueueFull):
+        s.add(sequence(3, 8))
+    s.finish(s.waiting[1])
+    s.add(sequence(3, 8))
+
+
+def test_deadlines() -> None:
+    s = scheduler()
+    wanted = [sequence(i, 4, deadline=d) for i, d in enumerate((5.0, None, 2.0, 9.0))]
+    for one in wanted:
+        s.add(one)
+    s.plan()
+    assert s.late(1.0) == []
+    assert s.late(5.0) == [wanted[2], wanted[0]]
+    for one in s.late(5.0):
+        s.finish(one)
+    assert s.late(8.0) == [] and s.late(9.0) == [wanted[3]]
+
+
+def test_a_lent_slot_is_nobodys() -> None:
+    s = scheduler(slots=2, pages=8)
+    slot, memory = s.lend()
+    assert s.memory.grow(memory, 0, 20)
+    server = Server(s, depth=1)
+    server.add(sequence(0, 16, 4))
+    assert not server.turn(), "there are three pages, and five are needed"
+    s.give_back(slot, memory)
+    server.finish()
+    server.check_answers(set())
+
+
+def test_the_last_token_of_a_preempted_answer_is_kept() -> None:
+    """It gave its pages up while its tokens were on their way, and has nothing to compute again."""
+    s = scheduler(pages=8, reuse=False)
+    first, last = sequence(0, 13, 8), sequence(1, 12, 4)
+    server = Server(s, depth=3, vocabulary=10_007)
+    server.add(first)
+    server.add(last)
+    server.finish()
+    server.check_answers(set())
