@@ -8,19 +8,21 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Final
 
 import torch
 
-from moe_nvfp4.batch import Batch, Piece
-from moe_nvfp4.decoding import DecodeRow
+from moe_nvfp4.batch import Piece
+from moe_nvfp4.engine.loop import Lease
+from moe_nvfp4.engine.stepper import DecodeRow
 from moe_nvfp4.errors import RequestError
 from moe_nvfp4.launch.step_bytes import step_bytes
 from moe_nvfp4.launch.step_explanation import STEPS as EXPLAINED_STEPS
 from moe_nvfp4.launch.step_explanation import explain
 from moe_nvfp4.runner import MoERunner
-from moe_nvfp4.sampling import SamplingParams
+from moe_nvfp4.sampling import Sampler, SamplingParams
 
 WARM_UP_STEPS: Final = 8
 TIMED_STEPS: Final = 48
@@ -62,18 +64,20 @@ def bench_decode(
 ) -> list[dict[str, Any]]:
     results = []
     for batch in batches:
-        rows, slots = _prefilled(runner, batch, context)
+        leases = [runner.engine.lend() for _ in range(batch)]
         try:
-            times = _timed_steps(runner, rows)
+            rows = runner.engine.call(partial(_prefilled, runner, leases, context))
+            times = runner.engine.call(partial(_timed_steps, runner, rows))
             moved = step_bytes(runner, batch, context + WARM_UP_STEPS + TIMED_STEPS // 2)
             result = DecodeResult(batch, context, statistics.median(times), min(times), max(times), sum(moved.values()))
             report(result.line(bytes_per_second))
             results.append(asdict(result) | {"tokens_per_second": result.tokens_per_second, "bytes_by_kind": moved})
             if explained:
-                report(explain(runner, moved, bytes_per_second))
+                rows = _after(rows, WARM_UP_STEPS + TIMED_STEPS)
+                report(runner.engine.call(partial(explain, runner, rows, moved, bytes_per_second)))
         finally:
-            for slot in slots:
-                runner.cache.release(slot)
+            for lease in leases:
+                lease.give_back()
     return results
 
 
@@ -104,40 +108,42 @@ def places(context: int) -> int:
     return context + WARM_UP_STEPS + TIMED_STEPS + 2 * EXPLAINED_STEPS + 1
 
 
-def _prefilled(runner: MoERunner, batch: int, context: int) -> tuple[list[DecodeRow], list[int]]:
-    slots = [runner.cache.acquire() for _ in range(batch)]
-    rows = []
-    together = max(1, runner.step_rows // context)
-    with torch.inference_mode():
-        for first in range(0, batch, together):
-            group = slots[first : first + together]
-            for start in range(0, context, runner.prefill_chunk):
-                pieces = [
-                    Piece(slot, start, _random_ids(runner, context, seed=slot)[start : start + runner.prefill_chunk])
-                    for slot in group
-                ]
-                hidden = runner.model.forward(inputs := Batch.of(pieces, runner.device), runner.cache)
-            tokens = runner.model.logits(hidden[inputs.last_rows]).argmax(dim=-1).tolist()
-            rows += [DecodeRow(slot, context, token, GREEDY) for slot, token in zip(group, tokens, strict=True)]
-    return rows, slots
+def _prefilled(runner: MoERunner, leases: Sequence[Lease], context: int) -> list[DecodeRow]:
+    together, chunk = max(1, runner.step_rows // context), runner.prefill_chunk
+    for first in range(0, len(leases), together):
+        group = leases[first : first + together]
+        samplers = [Sampler(GREEDY) for _ in group]
+        for start in range(0, context, chunk):
+            for lease in group:
+                lease.room(start, min(start + chunk, context))
+            ids = [_random_ids(runner, context, seed=lease.slot)[start : start + chunk] for lease in group]
+            pieces = [Piece(lease.slot, start, part) for lease, part in zip(group, ids, strict=True)]
+            runner.stepper.mixed(pieces, samplers).wait()
+    for lease in leases:
+        lease.room(context, places(context))
+    return [DecodeRow(lease.slot, context, GREEDY) for lease in leases]
+
+
+def _after(rows: Sequence[DecodeRow], steps: int) -> list[DecodeRow]:
+    return [row._replace(position=row.position + steps) for row in rows]
 
 
 def _timed_steps(runner: MoERunner, rows: Sequence[DecodeRow]) -> list[float]:
     """Milliseconds of each step."""
-    runner.decoder.start(rows, object())
+    steps = [_after(rows, step) for step in range(WARM_UP_STEPS + TIMED_STEPS)]
     if runner.device.type != "cuda":
         times = []
-        for _ in range(WARM_UP_STEPS + TIMED_STEPS):
+        for step in steps:
             began = time.perf_counter()
-            runner.decoder.step().wait()
+            runner.stepper.decode(step).wait()
             times.append(1e3 * (time.perf_counter() - began))
         return times[WARM_UP_STEPS:]
-    for _ in range(WARM_UP_STEPS):
-        runner.decoder.step()
+    for step in steps[:WARM_UP_STEPS]:
+        runner.stepper.decode(step)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED_STEPS + 1)]
     events[0].record()
-    for event in events[1:]:
-        runner.decoder.step()
+    for event, step in zip(events[1:], steps[WARM_UP_STEPS:], strict=True):
+        runner.stepper.decode(step)
         event.record()
     torch.cuda.synchronize()
     return [before.elapsed_time(after) for before, after in pairwise(events)]

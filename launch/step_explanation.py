@@ -1,10 +1,12 @@
 """Where a decode step's time goes, kernel by kernel and by kind, against the bytes that each kind must move."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Final
 
 import torch
 
+from moe_nvfp4.engine.stepper import DecodeRow
 from moe_nvfp4.runner import MoERunner
 
 STEPS: Final = 3
@@ -19,14 +21,17 @@ KINDS: Final = {
 }
 
 
-def explain(runner: MoERunner, moved: dict[str, float], bytes_per_second: float | None) -> str:
-    """Runs a few steps more of the run that is going on."""
+def explain(
+    runner: MoERunner, rows: Sequence[DecodeRow], moved: dict[str, float], bytes_per_second: float | None
+) -> str:
+    """Runs a few steps more, from `rows` on."""
     times: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     for _ in range(2):  # the profiler's first records come late
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
             for _ in range(STEPS):
-                runner.decoder.step()
+                runner.stepper.decode(rows)
+                rows = [row._replace(position=row.position + 1) for row in rows]
             torch.cuda.synchronize()
     for event in profile.events():
         if event.device_type == torch.profiler.DeviceType.CUDA:
@@ -39,10 +44,9 @@ def explain(runner: MoERunner, moved: dict[str, float], bytes_per_second: float 
         kinds[kind] += time
         lines.append(f"  {name[:50]:<50}{calls[name] / STEPS:>7.0f}{time:>12.1f}  {kind}")
     lines.append("  kind                              us a step   MB to move    us at full bandwidth")
-    rows = {**dict.fromkeys(moved), **kinds}
     by_kind = {"dense": moved["attention and mixers"] + moved["dense MLP"] + moved["head"]}
     by_kind |= {kind: moved[kind] for kind in ("experts", "router", "cache")}
-    for kind in (kind for kind in rows if kind in kinds):
+    for kind in [*(kind for kind in moved if kind in kinds), *(kind for kind in kinds if kind not in moved)]:
         nbytes = by_kind.get(kind, 0.0)
         floor = f"{1e6 * nbytes / bytes_per_second:>10.1f}" if bytes_per_second and nbytes else ""
         lines.append(f"  {kind:<30}{kinds[kind]:>12.1f}{nbytes / 1e6:>13.1f}{floor}".rstrip())

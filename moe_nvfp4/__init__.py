@@ -9,31 +9,45 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe_nvfp4.async_runner import AsyncMoERunner
     from moe_nvfp4.checkpoint import Checkpoint
-    from moe_nvfp4.errors import CheckpointError, MemoryPlanError, MoeNvfp4Error, RequestError
+    from moe_nvfp4.errors import (
+        CheckpointError,
+        EngineError,
+        MemoryPlanError,
+        MoeNvfp4Error,
+        QueueFullError,
+        RequestError,
+    )
     from moe_nvfp4.expert_buffers import ExpertBuffers
     from moe_nvfp4.runner import MoERunner
     from moe_nvfp4.sampling import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
+    "AsyncMoERunner",
     "Checkpoint",
     "CheckpointError",
+    "EngineError",
     "ExpertBuffers",
     "MemoryPlanError",
     "MoERunner",
     "MoeNvfp4Error",
+    "QueueFullError",
     "RequestError",
     "SamplingParams",
 ]
 
 _HOMES = {
+    "AsyncMoERunner": "async_runner",
     "Checkpoint": "checkpoint",
     "CheckpointError": "errors",
+    "EngineError": "errors",
     "ExpertBuffers": "expert_buffers",
     "MemoryPlanError": "errors",
     "MoERunner": "runner",
     "MoeNvfp4Error": "errors",
+    "QueueFullError": "errors",
     "RequestError": "errors",
     "SamplingParams": "sampling",
 }

@@ -1,7 +1,8 @@
 """What sequences keep between steps: pages of keys and values, and recurrent states. A slot for each sequence.
 
-A slot's pages are fixed. Where a layer sees only a window, its table repeats a ring of pages that holds the window and
-the rows of one step. One slot more than asked for takes the padding rows of graphs.
+Either a slot's pages are fixed - then, where a layer sees only a window, its table repeats a ring of pages that holds
+the window and the rows of one step - or pages are shared, and tables say from step to step whose they are. One slot
+and one page more than asked for take the padding rows of graphs; further lines of states hold snapshots.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moe_nvfp4.errors import RequestError
 from moe_nvfp4.kernels.delta_net import DeltaState
 from moe_nvfp4.kernels.paged_kv import PagedKV
+from moe_nvfp4.kernels.rows import upload
 
 PAGE = 64  # tokens: a tile of keys of the attention kernels
 
@@ -68,67 +69,88 @@ class CacheSpec:
     delta: DeltaSpec | None = None
 
     def slot_bytes(self, settings: CacheSettings) -> int:
-        return self._bytes(settings, [spec.pages(settings) for spec in self.attention])
+        """Of a sequence of full length."""
+        return self.page_bytes(settings, [spec.pages(settings) for spec in self.attention]) + self.state_bytes(settings)
 
     def bytes(self, settings: CacheSettings) -> int:
-        """Of all slots, and of the spare one, which has a page for a layer."""
-        return settings.slots * self.slot_bytes(settings) + self._bytes(settings, [1] * len(self.attention))
+        """Of all slots with pages of their own, and of the spare one, which has a page for a layer."""
+        spare = self.page_bytes(settings, [1] * len(self.attention)) + self.state_bytes(settings)
+        return settings.slots * self.slot_bytes(settings) + spare
 
-    def _bytes(self, settings: CacheSettings, pages: Sequence[int]) -> int:
-        total = 0
-        for spec, count in zip(self.attention, pages, strict=True):
-            page = 2 * PAGE * spec.kv_heads * spec.head_dim * settings.kv_dtype.itemsize
-            total += len(spec.layers) * page * count
-        if delta := self.delta:
-            recurrent = 4 * delta.value_heads * delta.key_dim * delta.value_dim
-            total += len(delta.layers) * (recurrent + delta.kernel * delta.channels * settings.dtype.itemsize)
-        return total
+    def page_bytes(self, settings: CacheSettings, pages: Sequence[int]) -> int:
+        """Of so many pages of each group of attention layers."""
+        token = [2 * len(spec.layers) * spec.kv_heads * spec.head_dim for spec in self.attention]
+        return sum(PAGE * settings.kv_dtype.itemsize * n * count for n, count in zip(token, pages, strict=True))
+
+    def state_bytes(self, settings: CacheSettings) -> int:
+        """Of one line of recurrent states."""
+        if (delta := self.delta) is None:
+            return 0
+        recurrent = 4 * delta.value_heads * delta.key_dim * delta.value_dim
+        return len(delta.layers) * (recurrent + delta.kernel * delta.channels * settings.dtype.itemsize)
 
 
 class SequenceCache:
-    """Allocated once. `kv` and `states` go by layer."""
+    """Allocated once. `kv` and `states` go by layer, `tables` by group of attention layers."""
 
-    def __init__(self, spec: CacheSpec, settings: CacheSettings, device: torch.device):
+    def __init__(
+        self,
+        spec: CacheSpec,
+        settings: CacheSettings,
+        device: torch.device,
+        *,
+        shared_pages: Sequence[int] | None = None,
+        snapshots: int = 0,
+    ):
+        """`shared_pages` of each group of attention layers; without it every slot has pages of its own."""
         self.settings, self.slots, self.spare_slot = settings, settings.slots, settings.slots
         self.kv: dict[int, PagedKV] = {}
         self.states: dict[int, DeltaState] = {}
-        self._free = list(range(self.slots))[::-1]
-        for attention in spec.attention:
-            self._add_pages(attention, settings, device)
+        self.tables: list[torch.Tensor] = []
+        self.first_snapshot = self.slots + 1
+        self._device = device
+        for group, attention in enumerate(spec.attention):
+            shared = None if shared_pages is None else shared_pages[group]
+            self._add_pages(attention, settings, shared)
         if (delta := spec.delta) is not None:
-            lines = self.slots + 1
+            lines = self.slots + 1 + snapshots
             for layer in delta.layers:
                 self.states[layer] = DeltaState(
                     torch.empty(lines, delta.kernel, delta.channels, dtype=settings.dtype, device=device),
                     torch.empty(lines, delta.value_heads, delta.key_dim, delta.value_dim, device=device),
                 )
 
-    def _add_pages(self, spec: AttentionSpec, settings: CacheSettings, device: torch.device) -> None:
-        ring, logical = spec.pages(settings), -(-settings.max_seq_len // PAGE)
-        slot, page = torch.arange(self.slots + 1)[:, None], torch.arange(logical)[None, :]
-        table = slot * ring + torch.where(slot < self.slots, page % ring, 0)  # the spare slot has one page
-        table = table.int().to(device)
-        shape = (self.slots * ring + 1, PAGE, spec.kv_heads, spec.head_dim)
+    def _add_pages(self, spec: AttentionSpec, settings: CacheSettings, shared: int | None) -> None:
+        logical = -(-settings.max_seq_len // PAGE)
+        if shared is None:
+            ring = spec.pages(settings)
+            spare = self.slots * ring
+            slot, page = torch.arange(self.slots + 1)[:, None], torch.arange(logical)[None, :]
+            table = torch.where(slot < self.slots, slot * ring + page % ring, spare)
+        else:
+            spare = shared
+            table = torch.full((self.slots + 1, logical), spare)
+        self.tables.append(table.int().to(self._device))
+        shape = (spare + 1, PAGE, spec.kv_heads, spec.head_dim)
         for layer in spec.layers:
-            keys, values = (torch.empty(shape, dtype=settings.kv_dtype, device=device) for _ in range(2))
-            self.kv[layer] = PagedKV(keys, values, table, *settings.scales.get(layer, (1.0, 1.0)))
+            keys, values = (torch.empty(shape, dtype=settings.kv_dtype, device=self._device) for _ in range(2))
+            self.kv[layer] = PagedKV(keys, values, self.tables[-1], *settings.scales.get(layer, (1.0, 1.0)))
+
+    def set_pages(self, changes: Sequence[tuple[int, int, int, int]]) -> None:
+        """(group, slot, logical page, page), in the order of the stream."""
+        for group, table in enumerate(self.tables):
+            chosen = [(slot * table.shape[1] + index, page) for g, slot, index, page in changes if g == group]
+            if chosen:
+                places, pages = upload(list(zip(*chosen, strict=True)), self._device)
+                table.view(-1).index_copy_(0, places.long(), pages)
+
+    def copy_states(self, source: int, target: int) -> None:
+        """All states of one line to another."""
+        for state in self.states.values():
+            for part in state:
+                part[target].copy_(part[source])
 
     @property
     def nbytes(self) -> int:
         pages = sum(kv.keys.nbytes + kv.values.nbytes for kv in self.kv.values())
         return pages + sum(state.conv.nbytes + state.recurrent.nbytes for state in self.states.values())
-
-    @property
-    def free_slots(self) -> int:
-        return len(self._free)
-
-    def acquire(self) -> int:
-        if not self._free:
-            raise RequestError(
-                f"all {self.slots} sequences of the cache are in use; close an open stream, or raise max_batch_size"
-            )
-        return self._free.pop()
-
-    def release(self, slot: int) -> None:
-        assert slot not in self._free, f"slot {slot} was released twice"
-        self._free.append(slot)

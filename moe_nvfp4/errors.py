@@ -16,5 +16,13 @@ class RequestError(MoeNvfp4Error):
     """A prompt or sampling setting that cannot be served."""
 
 
+class EngineError(MoeNvfp4Error):
+    """The engine cannot take or finish a request: it is closed, broken, or out of room."""
+
+
+class QueueFullError(EngineError):
+    """As many requests wait as may. Try again later."""
+
+
 class MemoryPlanError(MoeNvfp4Error):
     """The closed-form memory plan does not fit the device."""

@@ -1,6 +1,7 @@
 """Memory planned in closed form from the config and the tensors present, before anything is allocated."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,14 +26,16 @@ class MemoryPlan:
     available: int
     max_batch_size: int
     max_seq_len: int
-    sequence_bytes: int  # cache of one slot
+    snapshots: int  # of recurrent states, for the reuse of prefixes
+    full_sequences: int  # of max_seq_len tokens, for which there are pages; 0: not even for one
+    pages: Sequence[int]  # of each group of attention layers
 
     @property
     def total(self) -> int:
         return self.experts + self.dense + self.cache + self.workspace
 
     def table(self) -> str:
-        cache = f"{self.max_batch_size} sequences of {self.max_seq_len:,} tokens"
+        cache = f"{self.max_batch_size} sequences, pages for {self.full_sequences} of {self.max_seq_len:,} tokens"
         rows = [
             ("expert buffers", self.experts, ""),
             ("dense weights", self.dense, ""),
@@ -45,19 +48,13 @@ class MemoryPlan:
 
     def require_fit(self) -> None:
         budget = int(self.available * (1 - RESERVE))
-        if self.total <= budget:
+        if self.total <= budget and self.full_sequences:
             return
         fixed = self.experts + self.dense + self.workspace
-        fitting = max(0, (budget - fixed) // max(self.sequence_bytes, 1))
-        remedy = (
-            f"Lower max_batch_size to {fitting} or less, or max_seq_len."
-            if fitting
-            else "Lower max_seq_len, or use a device with more memory: weights and workspace alone take "
-            f"{_size(fixed)}."
-        )
         raise MemoryPlanError(
-            f"{self.device}: the plan needs {_size(self.total)} and {_size(budget)} can be used:\n"
-            f"{self.table()}\n{remedy}"
+            f"{self.device}: {_size(budget)} can be used, and there is no room for one sequence of "
+            f"{self.max_seq_len:,} tokens beside weights and workspace ({_size(fixed)}):\n{self.table()}\n"
+            "Lower max_seq_len or max_batch_size, or use a device with more memory."
         )
 
 
@@ -69,18 +66,31 @@ def plan_memory(
     device: torch.device,
     cache: CacheSpec,
     settings: CacheSettings,
+    snapshots: int,
     workspace: int,
 ) -> MemoryPlan:
+    """Pages for every slot at full length, or for as many as there is room for."""
+    experts = sum(expert_bytes(b) * len(placement.local(b.layer, rank)) for b in found.layout.experts)
+    dense = sum(dense_bytes(source, settings.dtype) for source in found.dense.values())
+    available = available_bytes(device)
+    each = [spec.pages(settings) for spec in cache.attention]
+    spare = cache.page_bytes(settings, [1] * len(each))
+    fixed = spare + (settings.slots + 1 + snapshots) * cache.state_bytes(settings)
+    room = int(available * (1 - RESERVE)) - experts - dense - workspace - fixed
+    sequences = max(0, min(settings.slots, room // max(1, cache.page_bytes(settings, each))))
+    pages = [count * max(1, sequences) for count in each]
     return MemoryPlan(
         device=str(device),
-        experts=sum(expert_bytes(b) * len(placement.local(b.layer, rank)) for b in found.layout.experts),
-        dense=sum(dense_bytes(source, settings.dtype) for source in found.dense.values()),
-        cache=cache.bytes(settings),
+        experts=experts,
+        dense=dense,
+        cache=fixed + cache.page_bytes(settings, pages),
         workspace=workspace,
-        available=available_bytes(device),
+        available=available,
         max_batch_size=settings.slots,
         max_seq_len=settings.max_seq_len,
-        sequence_bytes=cache.slot_bytes(settings),
+        snapshots=snapshots,
+        full_sequences=sequences,
+        pages=pages,
     )
 
 

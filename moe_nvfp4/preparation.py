@@ -11,8 +11,8 @@ import torch
 
 from moe_nvfp4.cache import CacheSettings
 from moe_nvfp4.checkpoint import Checkpoint
-from moe_nvfp4.decoding import buckets_up_to
 from moe_nvfp4.dense_weights import load_dense, read_dense_scales
+from moe_nvfp4.engine.stepper import buckets_up_to
 from moe_nvfp4.errors import CheckpointError, RequestError
 from moe_nvfp4.expert_buffers import ExpertBuffers, num_experts
 from moe_nvfp4.kernels.fragments import COLUMNS, ROWS
@@ -29,6 +29,7 @@ from moe_nvfp4.tokenizer import Tokenizer
 # serves elsewhere, holds scores of all heads, rows and positions.
 STEP_ROWS, FAST_STEP_ROWS = 512, 4096
 DEFAULT_SEQ_LEN = 4096
+MAX_SNAPSHOTS = 16  # of recurrent states, 63 MB each for Qwen3.6-35B
 MAX_BATCH_SIZE = 4096
 KV_DTYPES = ("auto", "fp8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,9 +49,14 @@ class Preparation:
         kv_dtype: str = "auto",
         cuda_graphs: bool = True,
         buckets: Sequence[int] | None = None,
+        prefix_reuse: bool = True,
+        max_waiting: int = 4096,
         verbose: bool = True,
     ):
         self.started = time.perf_counter()
+        self.prefix_reuse, self.max_waiting = prefix_reuse, max_waiting
+        if type(max_waiting) is not int or max_waiting < 0:
+            raise RequestError(f"max_waiting: got {max_waiting!r}; expected a number of requests from 0")
         self.device, self.verbose = _device(device), verbose
         self.dtype = _dtype(dtype, self.device)
         if kv_dtype not in KV_DTYPES:
@@ -105,6 +111,7 @@ class Preparation:
             device=self.device,
             cache=config.cache_spec,
             settings=self.cache_settings,
+            snapshots=min(slots, MAX_SNAPSHOTS) if self.prefix_reuse and config.cache_spec.delta else 0,
             workspace=config.workspace_bytes(rows, self.dtype.itemsize) + logits,
         )
         if self.verbose:

@@ -1,36 +1,50 @@
-"""`MoERunner` owns one rank's memory: expert buffers, dense weights, cache. `generate` and `stream` sit on it."""
+"""`MoERunner`: one rank's memory - expert buffers, dense weights, cache - and the engine that answers from it."""
 
+import queue
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 
 from moe_nvfp4.batch import Batch, Piece
-from moe_nvfp4.cache import SequenceCache
-from moe_nvfp4.decoding import Decoder
+from moe_nvfp4.cache import PAGE, SequenceCache
 from moe_nvfp4.detokenize import IncrementalDetokenizer
-from moe_nvfp4.generation import Answer, Completion, Generation, Increment, generate
+from moe_nvfp4.engine import scheduler
+from moe_nvfp4.engine.call import Call, generations
+from moe_nvfp4.engine.loop import Engine
+from moe_nvfp4.engine.sequence_memory import PageGroup, SequenceMemory
+from moe_nvfp4.engine.stepper import Stepper
+from moe_nvfp4.generation import Answer, Completion, Generation, Increment
 from moe_nvfp4.preparation import Preparation
 from moe_nvfp4.prompts import Message, Prompt, Requests
 from moe_nvfp4.sampling import Sampler, SamplingParams
 
 
 class MoERunner:
-    """One model on one device. Build with `from_pretrained`; close it, or use it as a context manager."""
+    """One model on one device. Build with `from_pretrained`; close it, or use it as a context manager.
+
+    Any number of threads may call it at once: their requests share the steps.
+    """
 
     def __init__(self, prepared: Preparation):
         self.plan, self.device, self.dtype = prepared.plan, prepared.device, prepared.dtype
         self.prompts, self.tokenizer = prepared.prompts, prepared.prompts.tokenizer
         self.eos_token_ids = prepared.eos_token_ids
-        self.max_seq_len = self.plan.max_seq_len
-        self.step_rows, self.prefill_chunk = prepared.step_rows, prepared.cache_settings.chunk
-        self.config, self.found = prepared.config, prepared.found
+        self.max_seq_len, self.config, self.found = self.plan.max_seq_len, prepared.config, prepared.found
         self.model, self.experts = prepared.load_model()
-        self.cache = SequenceCache(self.config.cache_spec, prepared.cache_settings, self.device)
-        self.decoder = Decoder(
+        self.cache = SequenceCache(
+            self.config.cache_spec,
+            prepared.cache_settings,
+            self.device,
+            shared_pages=self.plan.pages,
+            snapshots=self.plan.snapshots,
+        )
+        self.stepper = Stepper(
             self.model,
             self.cache,
             self.device,
@@ -38,6 +52,7 @@ class MoERunner:
             graphs=prepared.cuda_graphs,
             verbose=prepared.verbose,
         )
+        self.engine = Engine(self.stepper, _scheduler(prepared), prepared.eos_token_ids)
         self.load_seconds = time.perf_counter() - prepared.started
 
     @classmethod
@@ -59,6 +74,8 @@ class MoERunner:
         kv_dtype: str = "auto",
         cuda_graphs: bool = True,
         buckets: Sequence[int] | None = None,
+        prefix_reuse: bool = True,
+        max_waiting: int = 4096,
         verbose: bool = True,
     ) -> Preparation:
         """All checks and the memory plan, without loading; `MoERunner(prepared)` loads.
@@ -67,6 +84,8 @@ class MoERunner:
         on a GPU and float32 on a CPU; `max_seq_len` to 4096 or the model's context, whichever is less. `kv_dtype` of
         fp8 keeps keys and values as E4M3. Without `cuda_graphs` a GPU takes the same steps launch by launch.
         `buckets`: batch sizes that get a graph, the largest of them max_batch_size; default: some sizes up to it.
+        Beyond max_batch_size requests at once, `max_waiting` may wait. `prefix_reuse`: what a prompt has in common
+        with one before it is not computed again.
         """
         return Preparation(
             path_or_hub_id,
@@ -77,6 +96,8 @@ class MoERunner:
             kv_dtype=kv_dtype,
             cuda_graphs=cuda_graphs,
             buckets=buckets,
+            prefix_reuse=prefix_reuse,
+            max_waiting=max_waiting,
             verbose=verbose,
         )
 
@@ -102,39 +123,55 @@ class MoERunner:
         """
         requests = self.prompts.encode(prompts, sampling)
         done: dict[tuple[int, int], Completion] = {}
-        for increment in generate(self, self._answers(requests)):
+        for increment in self._serve(requests):
             if increment.completion is not None:
                 done[increment.prompt, increment.choice] = increment.completion
-        results = [
-            Generation(tuple(ids), tuple(done[index, choice] for choice in range(params.n)))
-            for index, (ids, params) in enumerate(zip(requests.token_ids, requests.sampling, strict=True))
-        ]
-        return results if requests.many else results[0]
+        return generations(requests, done)
 
     def stream(
         self, prompts: Any, sampling: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[Increment]:
         """The same, as increments while they come. A bad request raises here; closing the iterator frees its slots."""
-        return generate(self, self._answers(self.prompts.encode(prompts, sampling)))
+        return self._serve(self.prompts.encode(prompts, sampling))
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """float32 logits [T, vocabulary] of every position, on the CPU."""
         ids = self.prompts.check(list(token_ids), "token_ids", answer=False)
-        slot = self.cache.acquire()
+        lease, rows = self.engine.lend(), []
+
+        def chunk(start: int) -> torch.Tensor:
+            part = ids[start : start + self.prefill_chunk]
+            lease.room(start, start + len(part))
+            batch = Batch.of([Piece(lease.slot, start, part)], self.device)
+            return self.model.logits(self.model.forward(batch, self.cache)).float().cpu()
+
         try:
-            rows = []
-            with torch.inference_mode():
-                for start in range(0, len(ids), self.prefill_chunk):
-                    batch = Batch.of([Piece(slot, start, ids[start : start + self.prefill_chunk])], self.device)
-                    rows.append(self.model.logits(self.model.forward(batch, self.cache)).float().cpu())
+            for start in range(0, len(ids), self.prefill_chunk):
+                rows.append(self.engine.call(partial(chunk, start)))
         finally:
-            self.cache.release(slot)
+            lease.give_back()
         return torch.cat(rows)
 
+    @property
+    def step_rows(self) -> int:
+        """Most tokens of all prompts in a step."""
+        return self.engine.scheduler.limits.step_rows
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Most tokens of one prompt in a step."""
+        return self.engine.scheduler.limits.chunk
+
+    @prefill_chunk.setter
+    def prefill_chunk(self, chunk: int) -> None:
+        self.engine.scheduler.limits = replace(self.engine.scheduler.limits, chunk=chunk)
+
     def close(self) -> None:
-        """Frees the device memory; the runner cannot be used afterwards."""
-        for name in ("decoder", "model", "experts", "cache"):
+        """Ends what is running and frees the device memory; the runner cannot be used afterwards."""
+        self.engine.close()
+        for name in ("stepper", "model", "experts", "cache"):
             self.__dict__.pop(name, None)
+        self.engine.release()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -144,14 +181,33 @@ class MoERunner:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _answers(self, requests: Requests) -> deque[Answer]:
-        started = time.perf_counter()
+    def _serve(self, requests: Requests) -> Iterator[Increment]:
+        """Increments of all answers as they come. Leaving early cancels what is unfinished."""
+        arrived: queue.SimpleQueue[Increment | Exception] = queue.SimpleQueue()
+        call = Call(self.engine, self.answers(requests), arrived.put)
+        try:
+            while call.is_open:
+                call.submit()
+                yield call.take(arrived.get())
+        finally:
+            call.cancel()
+
+    def answers(self, requests: Requests) -> deque[Answer]:
+        """Of all prompts and choices, in order, not yet submitted."""
+        started, now = time.perf_counter(), time.monotonic()
         return deque(
             Answer(
                 prompt=index,
                 choice=choice,
-                prompt_ids=ids,
                 params=params,
+                sequence=scheduler.Sequence(
+                    ident=-1,
+                    tokens=list(ids),
+                    max_new_tokens=params.max_new_tokens,
+                    max_length=self.max_seq_len,
+                    priority=params.priority,
+                    deadline=None if params.timeout is None else now + params.timeout,
+                ),
                 sampler=Sampler(params, choice),
                 detokenizer=IncrementalDetokenizer(self.tokenizer, params.stop) if self.tokenizer else None,
                 started=started,
@@ -159,3 +215,16 @@ class MoERunner:
             for index, (ids, params) in enumerate(zip(requests.token_ids, requests.sampling, strict=True))
             for choice in range(params.n)
         )
+
+
+def _scheduler(prepared: Preparation) -> scheduler.Scheduler:
+    plan, spec = prepared.plan, prepared.config.cache_spec
+    groups = [PageGroup(pages, part.window) for pages, part in zip(plan.pages, spec.attention, strict=True)]
+    memory = SequenceMemory(groups, PAGE, plan.snapshots if spec.delta else None, reuse=prepared.prefix_reuse)
+    limits = scheduler.Limits(
+        slots=plan.max_batch_size,
+        step_rows=prepared.step_rows,
+        chunk=prepared.cache_settings.chunk,
+        max_waiting=prepared.max_waiting,
+    )
+    return scheduler.Scheduler(memory, limits)

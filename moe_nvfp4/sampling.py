@@ -11,13 +11,12 @@ import random
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from moe_nvfp4.errors import RequestError
-from moe_nvfp4.kernels.sample import SamplingRows, logprobs, sample
+from moe_nvfp4.kernels.sample import SamplingRows
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
@@ -82,6 +81,8 @@ class SamplingParams:
     stop: a string or a sequence of strings; the text ends before the first that appears.
     n: how many independent choices to return; choice 0 is what n=1 gives.
     logprobs: None is off, 0 the chosen token only, k also the k likeliest tokens.
+    priority: smaller is served sooner; requests of one priority in the order they came.
+    timeout: seconds after which an unfinished answer fails; None waits for ever.
     """
 
     max_new_tokens: int = 128
@@ -95,6 +96,8 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     logprobs: int | None = None
+    priority: int = 0
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -116,6 +119,10 @@ class SamplingParams:
         if self.logprobs is not None:
             expected = f"None or an integer from 0 to {MAX_LOGPROBS}"
             checked["logprobs"] = _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, expected)
+        checked["priority"] = _integer("priority", self.priority, INT64_MIN, INT64_MAX, "a 64-bit integer")
+        if self.timeout is not None:
+            expected = "None or a positive number of seconds"
+            checked["timeout"] = _number("timeout", self.timeout, math.ulp(0.0), math.inf, expected)
         for field, value in checked.items():  # normalised copies: lists to tuples, NumPy scalars to Python's
             object.__setattr__(self, field, value)
 
@@ -148,24 +155,6 @@ class Sampler:
         """Advance the stream past tokens that were already sampled, to resume a sequence elsewhere."""
         for _ in range(tokens):
             self.uniform()
-
-    def sample(self, logits: Tensor) -> "Sampled":
-        """The next token from `logits` [V], alone."""
-        (token_id,), (peak,) = sample(logits[None], sampling_rows([self], logits.device))
-        check_peak(float(peak))
-        if self.params.logprobs is None:
-            return Sampled(int(token_id), None, None)
-        (chosen,), (ids,), (values,) = logprobs(logits[None], token_id[None], self.params.logprobs)
-        pairs = zip(ids.tolist(), values.tolist(), strict=True)
-        return Sampled(int(token_id), float(chosen), [(i, value) for i, value in pairs if value > -math.inf])
-
-
-class Sampled(NamedTuple):
-    """One chosen token; the log-probabilities are None unless asked for."""
-
-    token_id: int
-    logprob: float | None
-    top_logprobs: list[tuple[int, float]] | None
 
 
 def sampling_rows(samplers: Sequence[Sampler | None], device: torch.device) -> SamplingRows:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from moe_nvfp4 import published_tiny
 from moe_nvfp4.batch import Batch, Piece
+from moe_nvfp4.cache import CacheSettings, SequenceCache
 from moe_nvfp4.kernels.nvfp4 import relative_error
 from moe_nvfp4.runner import MoERunner
 from moe_nvfp4.sampling import SamplingParams
@@ -75,6 +77,10 @@ def runner_of(folder: Path, **settings: object) -> MoERunner:
     return MoERunner.from_pretrained(folder, **settings)
 
 
+def cache_settings(runner: MoERunner, slots: int) -> CacheSettings:
+    return replace(runner.cache.settings, slots=slots)
+
+
 def token_ids(runner: MoERunner, length: int = LENGTH, seed: int = 0) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(runner.prompts.vocab_size, (length,), generator=generator).tolist()
@@ -102,7 +108,8 @@ def check_rows_apart(folder: Path) -> None:
     with runner_of(folder) as runner:
         first, second = token_ids(runner, 30, 1), token_ids(runner, 71, 2)
         alone = runner.logits(first), runner.logits(second)
-        slots = runner.cache.acquire(), runner.cache.acquire()
+        cache = SequenceCache(runner.config.cache_spec, cache_settings(runner, slots=2), runner.device)
+        slots = 1, 0
         steps = [
             [Piece(slots[0], 0, first[:20])],
             [Piece(slots[1], 0, second[:69]), Piece(slots[0], 20, first[20:28])],
@@ -112,7 +119,7 @@ def check_rows_apart(folder: Path) -> None:
         with torch.inference_mode():
             for pieces in steps:
                 batch = Batch.of(pieces, runner.device)
-                together = runner.model.logits(runner.model.forward(batch, runner.cache)[batch.last_rows])
+                together = runner.model.logits(runner.model.forward(batch, cache)[batch.last_rows])
         for row, expected in zip(together, reversed(alone), strict=True):
             assert relative_error(row, expected[-1]) < 1e-5
 
@@ -156,6 +163,6 @@ def check_graph_equals_eager(folder: Path) -> None:
     answers = []
     for cuda_graphs in (True, False):
         with runner_of(folder, device="cuda", dtype="bfloat16", cuda_graphs=cuda_graphs, max_batch_size=4) as runner:
-            assert runner.decoder.has_graphs == cuda_graphs
+            assert runner.stepper.has_graphs == cuda_graphs
             answers.append([result.token_ids for result in runner.generate(prompts, params)])
     assert answers[0] == answers[1]

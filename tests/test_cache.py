@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from moe_nvfp4.cache import PAGE, AttentionSpec, CacheSettings, CacheSpec, DeltaSpec, SequenceCache
-from moe_nvfp4.errors import RequestError
 
 SPEC = CacheSpec(
     (AttentionSpec((1, 3), kv_heads=2, head_dim=16), AttentionSpec((0, 2), kv_heads=1, head_dim=32, window=100)),
@@ -63,12 +62,25 @@ def test_scales_go_by_layer() -> None:
     assert all(kv.is_fp8 for kv in cache.kv.values())
 
 
-def test_slots_are_lent_once(cache: SequenceCache) -> None:
-    assert sorted(cache.acquire() for _ in range(3)) == [0, 1, 2]
-    with pytest.raises(RequestError, match="all 3 sequences"):
-        cache.acquire()
-    cache.release(1)
-    assert cache.acquire() == 1
-    cache.release(1)
-    with pytest.raises(AssertionError, match="twice"):
-        cache.release(1)
+def test_shared_pages_belong_to_whom_the_tables_say() -> None:
+    cache = SequenceCache(SPEC, settings(), torch.device("cpu"), shared_pages=[7, 5], snapshots=2)
+    assert [table.unique().tolist() for table in cache.tables] == [[7], [5]]  # the spare page of each group
+    cache.set_pages([(0, 1, 0, 3), (0, 2, 15, 4), (1, 0, 1, 2), (0, 1, 1, 6)])
+    assert cache.tables[0][1, :2].tolist() == [3, 6]
+    assert cache.tables[0][2, 15] == 4
+    assert cache.tables[1][0, :3].tolist() == [5, 2, 5]
+    assert cache.kv[3].table is cache.tables[0]
+    assert cache.kv[0].keys.shape[0] == 6
+    assert cache.first_snapshot == 4
+
+
+def test_states_are_copied_whole() -> None:
+    cache = SequenceCache(SPEC, settings(), torch.device("cpu"), shared_pages=[7, 5], snapshots=2)
+    for state in cache.states.values():
+        state.conv.normal_()
+        state.recurrent.normal_()
+    cache.copy_states(1, cache.first_snapshot + 1)
+    for state in cache.states.values():
+        for part in state:
+            assert torch.equal(part[1], part[-1])
+            assert not torch.equal(part[0], part[-1])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import moe_nvfp4
 from moe_nvfp4 import MoERunner, SamplingParams
+from moe_nvfp4.engine.scheduler import check
 from moe_nvfp4.errors import CheckpointError, MemoryPlanError, RequestError
 from moe_nvfp4.generation import Generation
 from moe_nvfp4.synthesize import synthesize
@@ -34,7 +35,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runner(folder: Path) -> Iterator[MoERunner]:
     with MoERunner.from_pretrained(folder, device="cpu", max_batch_size=3, max_seq_len=64, verbose=False) as runner:
         yield runner
-        assert runner.cache.free_slots == 3, "a slot leaked"
+        runner.engine.call(lambda: None)  # orders given before have been carried out
+        assert runner.engine.free_slots == 3, "a slot leaked"
+        check(runner.engine.scheduler)
+        assert all(pool.held == 0 for pool in runner.engine.scheduler.memory.pools), "a page leaked"
 
 
 def greedy_by_logits(runner: MoERunner, prompt: list[int], count: int) -> tuple[int, ...]:
@@ -103,7 +107,7 @@ def test_stop_ids_and_eos_end_without_their_text(runner: MoERunner) -> None:
     stopped = runner.generate("Hello", SamplingParams(max_new_tokens=10, ignore_eos=True, stop_token_ids=(tokens[4],)))
     assert (stopped.token_ids, stopped.finish_reason) == (tokens[: first + 1], "stop")
     assert stopped.text == runner.tokenizer.decode(list(tokens[:first]))
-    runner.eos_token_ids = frozenset({tokens[4]})
+    runner.engine.eos_token_ids = frozenset({tokens[4]})
     assert runner.generate("Hello", SamplingParams(max_new_tokens=10)).token_ids == tokens[: first + 1]
     assert runner.generate("Hello", TEN).token_ids == tokens
 
@@ -147,13 +151,10 @@ def test_stream_adds_up_to_generate(runner: MoERunner) -> None:
 def test_closing_a_stream_frees_its_places(runner: MoERunner) -> None:
     stream = runner.stream([[1], [2], [3], [4], [5]], SamplingParams(max_new_tokens=50, ignore_eos=True))
     next(stream)
-    assert runner.cache.free_slots == 0
-    with pytest.raises(RequestError, match="max_batch_size"):
-        runner.generate([1], TEN)
+    assert runner.generate([1], TEN).token_ids == greedy_by_logits(runner, [1], 10), "others are served meanwhile"
     stream.close()
-    assert runner.cache.free_slots == 3
+    assert runner.engine.call(lambda: runner.engine.free_slots) == 3
     untouched = runner.stream([1], TEN)  # never started, holds nothing
-    assert runner.cache.free_slots == 3
     untouched.close()
 
 
@@ -209,6 +210,7 @@ def test_bad_sampling_gets_one_clear_error(runner: MoERunner) -> None:
         ({"dtype": "int8"}, "float32, bfloat16, float16"),
         ({"dtype": torch.int8}, "float32, bfloat16, float16"),
         ({"max_batch_size": 0}, "max_batch_size"),
+        ({"max_waiting": -1}, "max_waiting"),
         ({"max_seq_len": 1}, "max_seq_len"),
         ({"max_seq_len": 10**9}, "the model's context"),
     ],
@@ -227,28 +229,28 @@ def test_the_plan_is_exact_and_printed_first(folder: Path, capsys: pytest.Captur
         assert word in shown
 
 
-@pytest.mark.parametrize(
-    ("free", "message"),
-    [
-        (1_000_000_000, r"(?s)needs .*GB.*Lower max_batch_size to \d+ or less"),
-        (1_000_000, "weights and workspace alone"),
-    ],
-)
-def test_a_plan_that_does_not_fit_is_refused_with_numbers(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, free: int, message: str
-) -> None:
-    monkeypatch.setattr("moe_nvfp4.memory.available_bytes", lambda device: free)
-    with pytest.raises(MemoryPlanError, match=message):
-        MoERunner.prepare(folder, device="cpu", max_batch_size=4096, verbose=False)
+def test_a_plan_that_does_not_fit_is_refused_with_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_nvfp4.memory.available_bytes", lambda device: 1_000_000)
+    with pytest.raises(MemoryPlanError, match=r"(?s)no room for one sequence of 4,096 tokens.*Lower max_seq_len"):
+        MoERunner.prepare(folder, device="cpu", verbose=False)
 
 
-def test_the_remedy_of_the_plan_holds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_nvfp4.memory.available_bytes", lambda device: 1_000_000_000)
-    with pytest.raises(MemoryPlanError) as refused:
-        MoERunner.prepare(folder, device="cpu", max_batch_size=4096, verbose=False)
-    fitting = re.search(r"max_batch_size to (\d+)", str(refused.value))
-    assert fitting is not None
-    MoERunner.prepare(folder, device="cpu", max_batch_size=int(fitting[1]), verbose=False).close()
+def test_where_not_all_slots_can_be_long_pages_are_shared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for two sequences of full length, and eight slots: short ones run together, long ones in turn."""
+    settings = {"device": "cpu", "max_batch_size": 8, "max_seq_len": 128, "verbose": False}
+    prepared = MoERunner.prepare(folder, **settings)
+    plan, each = prepared.plan, prepared.config.cache_spec.slot_bytes(prepared.cache_settings)
+    prepared.close()
+    room = plan.total - 6 * each
+    monkeypatch.setattr("moe_nvfp4.memory.available_bytes", lambda device: int(room / 0.97) + 1)
+    with MoERunner.from_pretrained(folder, **settings) as runner:
+        assert runner.plan.full_sequences == 2
+        assert runner.plan.cache == runner.cache.nbytes
+        prompts = [[i, i + 1, i + 2] for i in range(1, 9)]
+        long = SamplingParams(max_new_tokens=125, ignore_eos=True)
+        together = runner.generate(prompts, long)
+        assert [len(result.token_ids) for result in together] == [125] * 8
+        assert together[5].token_ids == runner.generate(prompts[5], long).token_ids
 
 
 def test_without_a_tokenizer_token_ids_work(folder: Path, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""The decode step of a whole model, sampling included: one function, run as it is or as a CUDA graph.
+"""The steps of a whole model, sampling included: decode steps as CUDA graphs or as they are, and mixed steps.
 
-A step reads its inputs from buffers that stay in place and leaves there the inputs of the next one, so steps follow
-each other without the host. There is a graph for each bucket of batch sizes; rows that fill a bucket up are padding,
-which reads and writes the cache's spare slot.
+The token that a sequence got last stays on the device, under its slot, and the next step takes it from there. So a
+step can be launched before the tokens of the one before it have reached the host. There is a graph for each bucket of
+batch sizes; rows that fill a bucket up are padding, which reads and writes the cache's spare slot.
 """
 
 import sys
@@ -13,22 +13,26 @@ from typing import NamedTuple
 
 import torch
 
-from moe_nvfp4.batch import Batch
+from moe_nvfp4.batch import Batch, Piece
 from moe_nvfp4.cache import SequenceCache
-from moe_nvfp4.kernels.rows import Rows
-from moe_nvfp4.kernels.sample import Logprobs, SamplingRows, logprobs, sample
+from moe_nvfp4.kernels.rows import Rows, upload
+from moe_nvfp4.kernels.sample import Logprobs, Sampled, SamplingRows, logprobs, sample
 from moe_nvfp4.models import Model
-from moe_nvfp4.sampling import SamplingParams
+from moe_nvfp4.sampling import Sampler, SamplingParams, sampling_rows
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 
 
+def buckets_up_to(max_rows: int) -> list[int]:
+    """The largest batch gets a bucket of its own size."""
+    return [*(size for size in BUCKETS if size < max_rows), max_rows]
+
+
 class DecodeRow(NamedTuple):
-    """A sequence at the start of a run of steps: its last token, and where that token goes in the cache."""
+    """The next token of a sequence: the one it got last goes to `position` of its slot."""
 
     slot: int
     position: int
-    token_id: int
     params: SamplingParams
 
 
@@ -48,28 +52,29 @@ class StepResult(NamedTuple):
 
 @dataclass(slots=True)
 class StepBuffers:
-    """Inputs and outputs of the steps of one bucket. All inputs lie in one tensor, so they travel in one copy."""
+    """Inputs and outputs of the decode steps of one bucket. All inputs lie in one tensor and travel in one copy; a step
+    leaves there the inputs of the next one, if the same sequences go on."""
 
     flat: torch.Tensor  # int32 [fields, rows]
-    batch: Batch
+    rows: Rows
     sampling: SamplingRows
+    next_rows: list[DecodeRow] | None = None  # for which the inputs are there already
     graph: torch.cuda.CUDAGraph | None = None
-    token_ids: torch.Tensor | None = None
-    peaks: torch.Tensor | None = None
+    sampled: Sampled | None = None
     logits: torch.Tensor | None = None
 
-    FIELDS = ("token", "position", "length", "slot", "live", "top_k", "temperature", "top_p", "min_p", "uniform")
-    FIRST_FLOAT = 6
+    FIELDS = ("position", "length", "slot", "live", "top_k", "temperature", "top_p", "min_p", "uniform")
+    FIRST_FLOAT = 5
 
     @classmethod
     def new(cls, rows: int, device: torch.device) -> "StepBuffers":
         flat = torch.zeros(len(cls.FIELDS), -(-rows // 4) * 4, dtype=torch.int32, device=device)
-        token, position, length, slot, _, top_k = (line[:rows] for line in flat[: cls.FIRST_FLOAT])
+        position, length, slot, _, top_k = (line[:rows] for line in flat[: cls.FIRST_FLOAT])
         temperature, top_p, min_p, uniform = (line[:rows] for line in flat[cls.FIRST_FLOAT :].view(torch.float32))
         every = torch.arange(rows + 1, dtype=torch.int32, device=device)
         return cls(
             flat,
-            Batch(token, Rows(position, slot, slot, every, length, decodes=rows, longest=1), every[:rows]),
+            Rows(position, slot, slot, every, length, decodes=rows, longest=1),
             SamplingRows(temperature, top_k, top_p, min_p, uniform),
         )
 
@@ -78,7 +83,6 @@ class StepBuffers:
         width = self.flat.shape[1]
         padding = width - len(rows)
         ints = [
-            [row.token_id for row in rows] + [0] * padding,
             [row.position for row in rows] + [0] * padding,
             [row.position + 1 for row in rows] + [1] * padding,
             [row.slot for row in rows] + [spare_slot] * padding,
@@ -91,9 +95,8 @@ class StepBuffers:
             [row.params.min_p for row in rows] + [0.0] * padding,
             [0.0] * width,
         ]
-        self._copy(
-            self.flat, torch.cat((torch.tensor(ints, dtype=torch.int32), torch.tensor(floats).view(torch.int32)))
-        )
+        values = torch.cat((torch.tensor(ints, dtype=torch.int32), torch.tensor(floats).view(torch.int32)))
+        self._copy(self.flat, values)
 
     def set_uniforms(self, uniforms: Sequence[float]) -> None:
         self._copy(self.sampling.uniform[: len(uniforms)], torch.tensor(uniforms))
@@ -102,13 +105,8 @@ class StepBuffers:
         target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)
 
 
-def buckets_up_to(max_rows: int) -> list[int]:
-    """The largest batch gets a bucket of its own size."""
-    return [*(size for size in BUCKETS if size < max_rows), max_rows]
-
-
-class Decoder:
-    """Runs steps of batches that are filled up to one of `buckets`. `graphs`: captures them when it is built."""
+class Stepper:
+    """Batches of decode steps are filled up to one of `buckets`. `graphs`: captures them when it is built."""
 
     def __init__(
         self,
@@ -121,10 +119,8 @@ class Decoder:
         verbose: bool,
     ):
         self.model, self.cache, self.device, self.buckets = model, cache, device, sorted(buckets)
-        self.owner: object = None  # whoever started the current run
+        self.last_tokens = torch.zeros(cache.slots + 1, dtype=torch.int32, device=device)
         self._buffers: dict[int, StepBuffers] = {}
-        self._current: StepBuffers | None = None
-        self._rows: list[DecodeRow] = []
         self.capture_seconds = 0.0
         if graphs:
             self._capture_all(verbose)
@@ -134,38 +130,56 @@ class Decoder:
         return any(buffers.graph is not None for buffers in self._buffers.values())
 
     @torch.inference_mode()
-    def start(self, rows: Sequence[DecodeRow], owner: object) -> None:
-        """Begins a run of steps; who calls it must have seen that no other run is going on, or end that one."""
-        self.owner, self._rows = owner, list(rows)
+    def decode(
+        self, rows: Sequence[DecodeRow], uniforms: Sequence[float] | None = None, top_logprobs: int | None = None
+    ) -> StepResult:
+        """Launches one step and returns at once. `uniforms`: the random number of each row; none for greedy rows."""
         size = self._bucket(len(rows)) if self.device.type == "cuda" else len(rows)
         if size not in self._buffers:
             self._buffers[size] = StepBuffers.new(size, self.device)
-        self._current = self._buffers[size]
-        self._current.fill(rows, self.cache.spare_slot)
-
-    @torch.inference_mode()
-    def step(self, uniforms: Sequence[float] | None = None, top_logprobs: int | None = None) -> StepResult:
-        """Launches one step and returns at once. `uniforms`: the random number of each row; none for greedy rows."""
-        buffers = self._current
-        assert buffers is not None, "start comes first"
+        buffers = self._buffers[size]
+        if buffers.next_rows != rows:
+            buffers.fill(rows, self.cache.spare_slot)
         if uniforms is not None:
             buffers.set_uniforms(uniforms)
         if buffers.graph is not None:
             buffers.graph.replay()
         else:
             self._run(buffers)
-        count = len(self._rows)
-        assert buffers.token_ids is not None and buffers.peaks is not None and buffers.logits is not None
-        token_ids, peaks = buffers.token_ids[:count], buffers.peaks[:count]
-        tops = None if top_logprobs is None else logprobs(buffers.logits[:count], token_ids, top_logprobs)
-        return in_flight(token_ids, peaks, tops)
+        buffers.next_rows = [row._replace(position=row.position + 1) for row in rows]
+        assert buffers.sampled is not None and buffers.logits is not None
+        count = len(rows)
+        sampled = Sampled(*(part[:count] for part in buffers.sampled))
+        tops = None if top_logprobs is None else logprobs(buffers.logits[:count], sampled.token_ids, top_logprobs)
+        return _in_flight(sampled, tops)
+
+    @torch.inference_mode()
+    def mixed(
+        self, pieces: Sequence[Piece], samplers: Sequence[Sampler | None], top_logprobs: int | None = None
+    ) -> StepResult:
+        """Chunks of prompts and next tokens in one step; a piece of one next token has no ids of its own: it takes the
+        token that its sequence got last. A result for every piece, to be ignored where the sampler is None."""
+        known = [p if p.token_ids else p._replace(token_ids=(0,)) for p in pieces]
+        batch = Batch.of(known, self.device)
+        continued = [index for index, piece in enumerate(pieces) if not piece.token_ids]
+        if continued:
+            places, slots = upload([continued, [pieces[index].slot for index in continued]], self.device)
+            batch.token_ids.index_copy_(0, batch.last_rows[places].long(), self.last_tokens[slots])
+        logits = self.model.logits(self.model.forward(batch, self.cache)[batch.last_rows])
+        sampled = sample(logits, sampling_rows(samplers, self.device))
+        giving = [index for index, sampler in enumerate(samplers) if sampler is not None]
+        if giving:
+            places, slots = upload([giving, [pieces[index].slot for index in giving]], self.device)
+            self.last_tokens.index_copy_(0, slots.long(), sampled.token_ids[places])
+        return _in_flight(sampled, None if top_logprobs is None else logprobs(logits, sampled.token_ids, top_logprobs))
 
     def _run(self, buffers: StepBuffers) -> None:
-        hidden = self.model.forward(buffers.batch, self.cache)
-        buffers.logits = self.model.logits(hidden)
-        buffers.token_ids, buffers.peaks = sample(buffers.logits, buffers.sampling)
-        buffers.batch.token_ids.copy_(buffers.token_ids)
-        positions_and_lengths, live = buffers.flat[1:3], buffers.flat[4]
+        slots = buffers.rows.slots
+        batch = Batch(self.last_tokens[slots], buffers.rows, buffers.rows.starts[:-1])
+        buffers.logits = self.model.logits(self.model.forward(batch, self.cache))
+        buffers.sampled = sample(buffers.logits, buffers.sampling)
+        self.last_tokens[slots] = buffers.sampled.token_ids
+        positions_and_lengths, live = buffers.flat[0:2], buffers.flat[3]
         positions_and_lengths.add_(live)
 
     def _bucket(self, rows: int) -> int:
@@ -195,16 +209,16 @@ class Decoder:
             print(f"\rdecode graphs for batches of {sizes}: {self.capture_seconds:.1f} s", file=sys.stderr)
 
 
-def in_flight(token_ids: torch.Tensor, peaks: torch.Tensor, tops: Logprobs | None) -> StepResult:
+def _in_flight(sampled: Sampled, tops: Logprobs | None) -> StepResult:
     """Copies of a step's results that the next step does not overwrite, on their way to the host."""
-    if not token_ids.is_cuda:
-        return StepResult(token_ids.clone(), peaks.clone(), tops, None)
+    if not sampled.token_ids.is_cuda:
+        return StepResult(sampled.token_ids.clone(), sampled.peaks.clone(), tops, None)
 
     def to_host(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
     host = None if tops is None else Logprobs(*map(to_host, tops))
-    result = to_host(token_ids), to_host(peaks)
+    token_ids, peaks = map(to_host, sampled)
     arrived = torch.cuda.Event()
     arrived.record()
-    return StepResult(*result, host, arrived)
+    return StepResult(token_ids, peaks, host, arrived)

@@ -1,0 +1,253 @@
+"""The loop that serves: takes requests, plans steps, launches them, and hands out tokens. One thread owns the model.
+
+On a GPU a step is launched before the tokens of the one before it have arrived, so the host works while the GPU does;
+what an answer that has ended still has in flight is dropped. An error of one request ends that request; an error of a
+step ends all of them, with the reason.
+"""
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from moe_nvfp4.batch import Piece
+from moe_nvfp4.engine.scheduler import QueueFull, Scheduler, Sequence, Step
+from moe_nvfp4.engine.sequence_memory import Memory
+from moe_nvfp4.engine.stepper import DecodeRow, Stepper, StepResult
+from moe_nvfp4.errors import EngineError, QueueFullError, RequestError
+from moe_nvfp4.generation import Answer, Increment
+
+Result = TypeVar("Result")
+Sink = Callable[[Increment | Exception], None]
+
+
+class Flight(NamedTuple):
+    step: Step
+    result: StepResult
+
+
+class Engine:
+    """Started when it is built. All methods may be called from any thread."""
+
+    def __init__(self, stepper: Stepper, scheduler: Scheduler, eos_token_ids: frozenset[int]):
+        self.stepper, self.scheduler, self.eos_token_ids = stepper, scheduler, eos_token_ids
+        self._depth = 2 if stepper.device.type == "cuda" else 1
+        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._open: dict[int, tuple[Answer, Sink]] = {}
+        self._flights: deque[Flight] = deque()
+        self._lock = threading.Lock()
+        self._next_ident, self._unfinished = 0, 0
+        self._broken: Exception | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="moe-nvfp4 engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, answer: Answer, sink: Sink) -> None:
+        """`sink` gets increments, the last of them with the completion, or one exception; in the loop's thread, so it
+        must be quick. Raises QueueFullError where too many wait already."""
+        limits = self.scheduler.limits
+        with self._lock:
+            self._require_alive()
+            if self._unfinished >= limits.slots + limits.max_waiting:
+                raise QueueFullError(
+                    f"{self._unfinished:,} requests are running or waiting, as many as may. Try again later, or load "
+                    "with a larger max_waiting."
+                )
+            self._unfinished += 1
+            answer.sequence.ident, self._next_ident = self._next_ident, self._next_ident + 1
+        self._orders.put(lambda: self._begin(answer, sink))
+
+    def cancel(self, answer: Answer) -> None:
+        """Frees what the answer holds; nothing more comes from it. Of one that is over it does nothing."""
+        self._orders.put(lambda: self._end(answer.sequence))
+
+    def call(self, function: Callable[[], Result]) -> Result:
+        """Runs a function in the loop's thread between steps, with nothing in flight."""
+        done: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+
+        def order() -> None:
+            while self._flights:
+                self._land(self._flights.popleft())
+            try:
+                done.put((True, function()))
+            except BaseException as error:
+                done.put((False, error))
+
+        with self._lock:
+            self._require_alive()
+        self._orders.put(order)
+        while True:
+            with suppress(queue.Empty):
+                succeeded, value = done.get(timeout=0.5)
+                break
+            self._require_alive()
+        if not succeeded:
+            raise value
+        result: Result = value
+        return result
+
+    def lend(self) -> "Lease":
+        """A slot for somebody who steps by himself through `call`."""
+
+        def take() -> Lease:
+            try:
+                return Lease(self, *self.scheduler.lend())
+            except QueueFull as error:
+                raise EngineError(f"{error}; try again later, or raise max_batch_size") from None
+
+        return self.call(take)
+
+    @property
+    def free_slots(self) -> int:
+        return self.scheduler.limits.slots - len(self.scheduler.running)
+
+    def close(self) -> None:
+        """Ends the thread; what is unfinished gets an error."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+        self._orders.put(None)
+        self._thread.join()
+
+    def release(self) -> None:
+        """Lets go of the model, after `close`, whoever may still hold the engine."""
+        self.__dict__.pop("stepper", None)
+
+    def _require_alive(self) -> None:
+        if self._broken is not None:
+            raise EngineError(f"the engine stopped: {self._broken}. Load the model again.") from self._broken
+        if self._closing:
+            raise EngineError("the runner is closed; load the model again")
+
+    def _run(self) -> None:
+        try:
+            if self.stepper.device.type == "cuda":
+                torch.cuda.set_device(self.stepper.device)
+            with torch.inference_mode():
+                while self._take_orders():
+                    self._turn()
+        except Exception as error:
+            self._broken = error
+            self._fail_all(error)
+        else:
+            self._fail_all(EngineError("the runner was closed before the answer was complete"))
+
+    def _take_orders(self) -> bool:
+        """Waits for an order when there is nothing else to do. False: close."""
+        idle = not self._flights and not self.scheduler.running and not self.scheduler.waiting
+        with suppress(queue.Empty):
+            while True:
+                order = self._orders.get(block=idle)
+                if order is None:
+                    return False
+                order()
+                idle = False
+        return True
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        for sequence in self.scheduler.late(now):
+            self._fail(sequence, RequestError("the request's deadline has passed before its answer was complete"))
+        step = self.scheduler.plan()
+        if step is not None:
+            self._flights.append(Flight(step, self._launch(step)))
+        if self._flights and (step is None or len(self._flights) >= self._depth):
+            self._land(self._flights.popleft())
+        elif step is None and self.scheduler.waiting:
+            time.sleep(0.002)  # pages are lent out; whoever has them gives them back through an order
+
+    def _launch(self, step: Step) -> StepResult:
+        cache, stepper = self.stepper.cache, self.stepper
+        cache.set_pages([(c.group, r.sequence.slot, c.index, c.page) for r in step.rows for c in r.changes])
+        for rows in step.rows:
+            if rows.restore is not None:
+                cache.copy_states(cache.first_snapshot + rows.restore, rows.sequence.slot)
+        answers = [self._open[rows.sequence.ident][0] for rows in step.rows]
+        wanted = [answer.params.logprobs for answer in answers if answer.params.logprobs is not None]
+        tops = max(wanted, default=None)
+        if step.decodes_only:
+            rows_ = [DecodeRow(r.sequence.slot, r.start, a.params) for r, a in zip(step.rows, answers, strict=True)]
+            greedy = all(answer.params.greedy for answer in answers)
+            uniforms = None if greedy else [answer.sampler.uniform() for answer in answers]
+            result = stepper.decode(rows_, uniforms, tops)
+        else:
+            pieces = [
+                Piece(r.sequence.slot, r.start, () if r.continues else r.sequence.tokens[r.start : r.start + r.count])
+                for r in step.rows
+            ]
+            samplers = [a.sampler if r.samples else None for r, a in zip(step.rows, answers, strict=True)]
+            result = stepper.mixed(pieces, samplers, tops)
+        for rows in step.rows:
+            if rows.snapshot is not None:
+                cache.copy_states(rows.sequence.slot, cache.first_snapshot + rows.snapshot)
+        return result
+
+    def _land(self, flight: Flight) -> None:
+        token_ids, peaks = flight.result.wait()
+        for row, rows in enumerate(flight.step.rows):
+            sequence = rows.sequence
+            if not rows.samples:
+                continue
+            self.scheduler.took(rows, token_ids[row])
+            if sequence.done:
+                continue
+            answer, sink = self._open[sequence.ident]
+            try:
+                increment = answer.advance(row, token_ids[row], peaks[row], flight.result.logprobs, self.eos_token_ids)
+            except FloatingPointError as error:
+                self._fail(sequence, error)
+                continue
+            if increment.completion is not None:
+                self._end(sequence)
+            sink(increment)
+
+    def _begin(self, answer: Answer, sink: Sink) -> None:
+        sequence = answer.sequence
+        if not self.scheduler.fits(sequence.prompt_length + 1):
+            with self._lock:
+                self._unfinished -= 1
+            sink(RequestError(f"{sequence.prompt_length:,} tokens need more pages than there are"))
+            return
+        self._open[sequence.ident] = answer, sink
+        self.scheduler.add(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        if self._open.pop(sequence.ident, None) is not None:
+            self.scheduler.finish(sequence)
+            with self._lock:
+                self._unfinished -= 1
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        _, sink = self._open[sequence.ident]
+        self._end(sequence)
+        sink(error)
+
+    def _fail_all(self, error: Exception) -> None:
+        self._flights.clear()
+        for answer, _ in list(self._open.values()):
+            self._fail(answer.sequence, error)
+
+
+class Lease(NamedTuple):
+    """A slot outside the scheduler's hands. `room` is for functions that run in `call`."""
+
+    engine: Engine
+    slot: int
+    memory: Memory
+
+    def room(self, first_row: int, length: int) -> None:
+        """Pages for the rows from `first_row` on, up to `length` tokens."""
+        if not self.engine.scheduler.memory.grow(self.memory, first_row, length):
+            raise EngineError(f"{length:,} tokens need more pages than are free; try again when fewer requests run")
+        self.engine.stepper.cache.set_pages(
+            [(change.group, self.slot, change.index, change.page) for change in self.memory.take_changes()]
+        )
+
+    def give_back(self) -> None:
+        self.engine.call(lambda: self.engine.scheduler.give_back(self.slot, self.memory))
