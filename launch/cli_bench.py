@@ -37,6 +37,15 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     prefill.add_argument("--prompts", default="1,8", metavar="N,...", help="at once; default: %(default)s")
     prefill.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of each; default: %(default)s")
     prefill.set_defaults(run=_prefill)
+    serve = kinds.add_parser("serve-offline", help="many requests of varied lengths at once, through the engine")
+    _add_model(serve)
+    serve.add_argument("--requests", type=int, default=1000, metavar="N", help="default: %(default)s")
+    serve.add_argument("--prompt", default="128,4096", metavar="N,N", help="shortest and longest; default: %(default)s")
+    serve.add_argument("--answer", default="16,512", metavar="N,N", help="shortest and longest; default: %(default)s")
+    serve.add_argument("--shared", type=int, default=0, metavar="N", help="leading tokens that half of them share")
+    serve.add_argument("--max-batch-size", type=int, default=256, metavar="N", help="default: %(default)s")
+    serve.add_argument("--no-prefix-reuse", action="store_true")
+    serve.set_defaults(run=_serve_offline)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +122,31 @@ def _prefill(arguments: argparse.Namespace) -> int:
     with MoERunner(prepared) as runner:
         results = bench_prefill(runner, prompts, arguments.length, print)
         _write(arguments.json, _where(arguments.model) | {"prefill": results})
+    return 0
+
+
+def _serve_offline(arguments: argparse.Namespace) -> int:
+    from moe_nvfp4.launch.bench_serve_offline import Trace, bench_serve_offline
+    from moe_nvfp4.runner import MoERunner
+
+    prompt, answer = _numbers("--prompt", arguments.prompt), _numbers("--answer", arguments.answer)
+    if len(prompt) != 2 or len(answer) != 2 or arguments.shared < 0:
+        raise RequestError(
+            "--prompt and --answer take two lengths each, the shortest and the longest; --shared, tokens"
+        )
+    trace = Trace(arguments.requests, (prompt[0], prompt[1]), (answer[0], answer[1]), arguments.shared)
+    trace.check()
+    prepared = MoERunner.prepare(
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        max_batch_size=arguments.max_batch_size,
+        max_seq_len=prompt[1] + answer[1],
+        prefix_reuse=not arguments.no_prefix_reuse,
+    )
+    with MoERunner(prepared) as runner:
+        figures = bench_serve_offline(runner, trace, print)
+        _write(arguments.json, _where(arguments.model) | {"serve_offline": figures})
     return 0
 
 

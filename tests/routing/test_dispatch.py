@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from moe_nvfp4.kernels.route import Routes
 from moe_nvfp4.routing.dispatch import LocalDispatcher
 from moe_nvfp4.routing.placement import Placement
-from moe_nvfp4.routing.topk import Routes
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)])
