@@ -1,4 +1,4 @@
-"""`moe-nvfp4 bench load | kernels | decode | prefill`: arguments, and figures as a table and as JSON."""
+"""`moe-nvfp4 bench load | kernels | decode | prefill | schedule`: arguments, and figures as a table and as JSON."""
 
 import argparse
 import json
@@ -20,7 +20,8 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     kernels = kinds.add_parser("kernels", help="check the kernels on this GPU, and time them against its ceilings")
     kernels.add_argument("--shapes", default="qwen3.6,gemma-4", metavar="NAME,...", help="default: %(default)s")
     kernels.add_argument("--tokens", default="1,4,8,32,64,256,1024,4096", metavar="N,...", help="default: %(default)s")
-    kernels.add_argument("--routing", choices=("uniform", "zipf", "one"), default="uniform", help="popular experts")
+    popular = ("uniform", "zipf", "one", "shared")
+    kernels.add_argument("--routing", choices=popular, default="uniform", help="popular experts")
     kernels.add_argument("--compare", choices=("vllm",), help="time a peer's layer too, where it is installed")
     kernels.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     kernels.set_defaults(run=_kernels)
@@ -37,6 +38,12 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     prefill.add_argument("--prompts", default="1,8", metavar="N,...", help="at once; default: %(default)s")
     prefill.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of each; default: %(default)s")
     prefill.set_defaults(run=_prefill)
+    schedule = kinds.add_parser("schedule", help="simulate the scheduler: times to and between tokens; needs no GPU")
+    schedule.add_argument("--requests", type=int, default=100_000, metavar="N", help="in all; default: %(default)s")
+    schedule.add_argument("--trace", choices=("bursty", "long-tailed", "adversarial", "all"), default="all")
+    schedule.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    schedule.add_argument("--plot", type=Path, metavar="FILE.svg", help="also draw the distributions")
+    schedule.set_defaults(run=_schedule)
     serve = kinds.add_parser("serve-offline", help="many requests of varied lengths at once, through the engine")
     _add_model(serve)
     serve.add_argument("--requests", type=int, default=1000, metavar="N", help="default: %(default)s")
@@ -147,6 +154,20 @@ def _serve_offline(arguments: argparse.Namespace) -> int:
     with MoERunner(prepared) as runner:
         figures = bench_serve_offline(runner, trace, print)
         _write(arguments.json, _where(arguments.model) | {"serve_offline": figures})
+    return 0
+
+
+def _schedule(arguments: argparse.Namespace) -> int:
+    from moe_nvfp4.launch.bench_schedule import TRACES, bench_schedule
+    from moe_nvfp4.launch.plot_schedule import plot
+
+    traces = TRACES if arguments.trace == "all" else (arguments.trace,)
+    if arguments.requests < len(traces):
+        raise RequestError(f"--requests: got {arguments.requests}; expected at least one for each trace")
+    results = bench_schedule(traces, arguments.requests, print)
+    _write(arguments.json, {"what": "simulated: the scheduler against a model of step times", "traces": results})
+    if arguments.plot is not None:
+        arguments.plot.write_text(plot(results))
     return 0
 
 

@@ -244,6 +244,18 @@ def test_the_queue_is_bounded() -> None:
     s.add(sequence(3, 8))
 
 
+def test_a_prompt_is_admitted_only_beside_what_is_promised_to_others() -> None:
+    """Else two long prompts would take pages from each other, and compute what they had again."""
+    server = Server(scheduler(pages=20, reuse=False, chunk=8), depth=1)
+    for ident in range(2):
+        server.add(sequence(ident, 60, 2))
+    server.turn()
+    assert len(server.scheduler.running) == 1 and server.scheduler.memory.pools[0].available == 18
+    server.finish()
+    assert all(one.preemptions == 0 for one in server.sequences)
+    server.check_answers(set())
+
+
 def test_deadlines() -> None:
     s = scheduler()
     wanted = [sequence(i, 4, deadline=d) for i, d in enumerate((5.0, None, 2.0, 9.0))]

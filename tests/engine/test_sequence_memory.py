@@ -37,6 +37,14 @@ def test_a_page_depends_on_everything_before_it() -> None:
     assert memory.begin([*range(4), 9, *range(5, 8), 1, 1]).reused == 4
 
 
+def test_of_a_prefix_the_end_is_forgotten_first() -> None:
+    memory = SequenceMemory([PageGroup(5)], PAGE)
+    tokens = list(range(20))
+    memory.end(computed(memory, tokens))
+    assert memory.grow(memory.empty(), 0, 8)
+    assert memory.begin([*tokens, 1]).reused == 12
+
+
 def test_tokens_that_are_not_known_yet_are_not_offered() -> None:
     memory = SequenceMemory([PageGroup(32)], PAGE)
     tokens = list(range(7))
