@@ -12,6 +12,7 @@ import torch
 from moe_nvfp4.cache import CacheSettings
 from moe_nvfp4.checkpoint import Checkpoint
 from moe_nvfp4.dense_weights import load_dense, read_dense_scales
+from moe_nvfp4.engine.penalties import BYTES_PER_TOKEN
 from moe_nvfp4.engine.stepper import buckets_up_to
 from moe_nvfp4.errors import CheckpointError, RequestError
 from moe_nvfp4.expert_buffers import ExpertBuffers, num_experts
@@ -104,6 +105,7 @@ class Preparation:
     def _plan(self, config: ModelConfig) -> MemoryPlan:
         rows, slots = max(self.step_rows, self.cache_settings.slots), self.cache_settings.slots
         logits = 3 * slots * config.vocab_size * 4  # as the model gives them, in float32, and while sampling
+        penalties = (slots + 1) * config.vocab_size * BYTES_PER_TOKEN
         plan = plan_memory(
             self.found,
             self._placement,
@@ -112,7 +114,7 @@ class Preparation:
             cache=config.cache_spec,
             settings=self.cache_settings,
             snapshots=min(slots, MAX_SNAPSHOTS) if self.prefix_reuse and config.cache_spec.delta else 0,
-            workspace=config.workspace_bytes(rows, self.dtype.itemsize) + logits,
+            workspace=config.workspace_bytes(rows, self.dtype.itemsize) + logits + penalties,
         )
         if self.verbose:
             print(f"memory plan of {self._checkpoint.folder.name}, {self.dtype}:\n{plan.table()}", file=sys.stderr)

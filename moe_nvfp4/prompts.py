@@ -52,6 +52,8 @@ class PromptEncoder:
     def _check_sampling(self, sampling: Any) -> None:
         if not isinstance(sampling, SamplingParams):
             raise RequestError(f"sampling: got {type(sampling).__name__}; expected SamplingParams")
+        if beyond := [token for token, _ in sampling.logit_bias if token >= self.vocab_size]:
+            raise RequestError(f"SamplingParams.logit_bias: token {beyond[0]}; expected ids 0 to {self.vocab_size - 1}")
         if sampling.stop and self.tokenizer is None:
             raise RequestError("SamplingParams.stop: this checkpoint has no tokenizer; use stop_token_ids")
 

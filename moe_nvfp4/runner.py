@@ -52,7 +52,7 @@ class MoERunner:
             graphs=prepared.cuda_graphs,
             verbose=prepared.verbose,
         )
-        self.engine = Engine(self.stepper, _scheduler(prepared), prepared.eos_token_ids)
+        self.engine = Engine(self.stepper, _scheduler(prepared), prepared.eos_token_ids, self.config.vocab_size)
         self.load_seconds = time.perf_counter() - prepared.started
 
     @classmethod

@@ -9,7 +9,7 @@ import math
 import numbers
 import random
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from moe_nvfp4.kernels.sample import SamplingRows
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
+MAX_LOGIT_BIASES = 1024
 MAX_LOGPROBS = 1024  # bounds the size of a reply; the OpenAI API stops at 20
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
@@ -69,6 +70,22 @@ def _token_ids(value: object) -> tuple[int, ...]:
     return tuple(_integer("stop_token_ids", token_id, 0, INT64_MAX, expected) for token_id in value)
 
 
+def _logit_bias(value: object) -> tuple[tuple[int, float], ...]:
+    expected = f"at most {MAX_LOGIT_BIASES} token ids, each with a number from -100 to 100"
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, (list, tuple)) or len(pairs) > MAX_LOGIT_BIASES:
+        raise _reject("logit_bias", value, expected)
+    checked = []
+    for pair in pairs:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise _reject("logit_bias", value, expected)
+        token_id = _integer("logit_bias", pair[0], 0, INT64_MAX, expected)
+        checked.append((token_id, _number("logit_bias", pair[1], -100.0, 100.0, expected)))
+    if len({token_id for token_id, _ in checked}) != len(checked):
+        raise _reject("logit_bias", value, expected + ", none twice")
+    return tuple(checked)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """What one request asks for; every field is checked at construction and a bad one is a RequestError.
@@ -81,6 +98,9 @@ class SamplingParams:
     stop: a string or a sequence of strings; the text ends before the first that appears.
     n: how many independent choices to return; choice 0 is what n=1 gives.
     logprobs: None is off, 0 the chosen token only, k also the k likeliest tokens.
+    repetition_penalty: above 1 makes tokens of prompt and answer less likely; 1 is off.
+    presence_penalty, frequency_penalty: from -2 to 2, for tokens of the answer, once or each time; 0 is off.
+    logit_bias: token id -> from -100 to 100, added to its logit.
     priority: smaller is served sooner; requests of one priority in the order they came.
     timeout: seconds after which an unfinished answer fails; None waits for ever.
     """
@@ -96,6 +116,10 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # a mapping is taken too
     priority: int = 0
     timeout: float | None = None
 
@@ -119,6 +143,11 @@ class SamplingParams:
         if self.logprobs is not None:
             expected = f"None or an integer from 0 to {MAX_LOGPROBS}"
             checked["logprobs"] = _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, expected)
+        expected = "a number from 0.01 to 100 (1 is off)"
+        checked["repetition_penalty"] = _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0, expected)
+        for name in ("presence_penalty", "frequency_penalty"):
+            checked[name] = _number(name, getattr(self, name), -2.0, 2.0, "a number from -2 to 2 (0 is off)")
+        checked["logit_bias"] = _logit_bias(self.logit_bias)
         checked["priority"] = _integer("priority", self.priority, INT64_MIN, INT64_MAX, "a 64-bit integer")
         if self.timeout is not None:
             expected = "None or a positive number of seconds"
@@ -129,6 +158,12 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def changes_logits(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0) or bool(
+            self.logit_bias
+        )
 
 
 class Sampler:

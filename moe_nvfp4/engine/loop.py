@@ -34,8 +34,9 @@ class Flight(NamedTuple):
 class Engine:
     """Started when it is built. All methods may be called from any thread."""
 
-    def __init__(self, stepper: Stepper, scheduler: Scheduler, eos_token_ids: frozenset[int]):
-        self.stepper, self.scheduler, self.eos_token_ids = stepper, scheduler, eos_token_ids
+    def __init__(self, stepper: Stepper, scheduler: Scheduler, eos_token_ids: frozenset[int], vocab_size: int):
+        self.stepper, self.scheduler = stepper, scheduler
+        self.eos_token_ids, self.vocab_size = eos_token_ids, vocab_size
         self._depth = 2 if stepper.device.type == "cuda" else 1
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._open: dict[int, tuple[Answer, Sink]] = {}
@@ -104,7 +105,7 @@ class Engine:
 
     @property
     def free_slots(self) -> int:
-        return self.scheduler.limits.slots - len(self.scheduler.running)
+        return self.scheduler.free_slots
 
     def close(self) -> None:
         """Ends the thread; what is unfinished gets an error."""
@@ -169,6 +170,10 @@ class Engine:
             if rows.restore is not None:
                 cache.copy_states(cache.first_snapshot + rows.restore, rows.sequence.slot)
         answers = [self._open[rows.sequence.ident][0] for rows in step.rows]
+        for rows, answer in zip(step.rows, answers, strict=True):
+            if rows.samples and not rows.continues and answer.params.changes_logits:
+                tokens, prompt = rows.sequence.tokens, rows.sequence.prompt_length
+                stepper.penalties.begin(rows.sequence.slot, tokens[:prompt], tokens[prompt:], self.vocab_size)
         wanted = [answer.params.logprobs for answer in answers if answer.params.logprobs is not None]
         tops = max(wanted, default=None)
         if step.decodes_only:

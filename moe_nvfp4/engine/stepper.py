@@ -15,6 +15,7 @@ import torch
 
 from moe_nvfp4.batch import Batch, Piece
 from moe_nvfp4.cache import SequenceCache
+from moe_nvfp4.engine.penalties import Penalties
 from moe_nvfp4.kernels.rows import Rows, upload
 from moe_nvfp4.kernels.sample import Logprobs, Sampled, SamplingRows, logprobs, sample
 from moe_nvfp4.models import Model
@@ -119,6 +120,7 @@ class Stepper:
         verbose: bool,
     ):
         self.model, self.cache, self.device, self.buckets = model, cache, device, sorted(buckets)
+        self.penalties = Penalties(cache.slots, device)
         self.last_tokens = torch.zeros(cache.slots + 1, dtype=torch.int32, device=device)
         self._buffers: dict[int, StepBuffers] = {}
         self.capture_seconds = 0.0
@@ -150,6 +152,11 @@ class Stepper:
         assert buffers.sampled is not None and buffers.logits is not None
         count = len(rows)
         sampled = Sampled(*(part[:count] for part in buffers.sampled))
+        if any(row.params.changes_logits for row in rows):
+            wanted = SamplingRows(*(part[:count] for part in buffers.sampling))
+            slots, params = [row.slot for row in rows], [row.params for row in rows]
+            sampled = self._sample_changed(buffers.logits[:count], wanted, slots, params)
+            self.last_tokens.index_copy_(0, buffers.rows.slots[:count].long(), sampled.token_ids)
         tops = None if top_logprobs is None else logprobs(buffers.logits[:count], sampled.token_ids, top_logprobs)
         return _in_flight(sampled, tops)
 
@@ -166,12 +173,27 @@ class Stepper:
             places, slots = upload([continued, [pieces[index].slot for index in continued]], self.device)
             batch.token_ids.index_copy_(0, batch.last_rows[places].long(), self.last_tokens[slots])
         logits = self.model.logits(self.model.forward(batch, self.cache)[batch.last_rows])
-        sampled = sample(logits, sampling_rows(samplers, self.device))
+        wanted, targets = sampling_rows(samplers, self.device), [piece.slot for piece in pieces]
+        params = [SamplingParams() if sampler is None else sampler.params for sampler in samplers]
+        changes = any(one.changes_logits for one in params)
+        sampled = self._sample_changed(logits, wanted, targets, params) if changes else sample(logits, wanted)
         giving = [index for index, sampler in enumerate(samplers) if sampler is not None]
         if giving:
-            places, slots = upload([giving, [pieces[index].slot for index in giving]], self.device)
-            self.last_tokens.index_copy_(0, slots.long(), sampled.token_ids[places])
+            places, lines = upload([giving, [targets[index] for index in giving]], self.device)
+            self.last_tokens.index_copy_(0, lines.long(), sampled.token_ids[places])
         return _in_flight(sampled, None if top_logprobs is None else logprobs(logits, sampled.token_ids, top_logprobs))
+
+    def _sample_changed(
+        self, logits: torch.Tensor, wanted: SamplingRows, slots: Sequence[int], params: Sequence[SamplingParams]
+    ) -> Sampled:
+        """Tokens where some rows have penalties or biases."""
+        changed = [index for index, one in enumerate(params) if one.changes_logits]
+        theirs = [slots[index] for index in changed]
+        (rows,) = (part.long() for part in upload([changed], self.device))
+        adjusted = self.penalties.apply(logits[rows], theirs, [params[index] for index in changed])
+        sampled = sample(logits.float().index_copy(0, rows, adjusted), wanted)
+        self.penalties.count(theirs, sampled.token_ids[rows])
+        return sampled
 
     def _run(self, buffers: StepBuffers) -> None:
         slots = buffers.rows.slots

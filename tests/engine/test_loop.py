@@ -50,6 +50,9 @@ def params(count: int, seed: int = 0) -> list[SamplingParams]:
             temperature=generator.choice((0.0, 0.9)),
             seed=index,
             priority=generator.randrange(2),
+            repetition_penalty=generator.choice((1.0, 1.0, 1.4)),
+            frequency_penalty=generator.choice((0.0, 0.0, 0.7)),
+            logit_bias=generator.choice(((), ((7, 2.5), (9, -100.0)))),
         )
         for index in range(count)
     ]

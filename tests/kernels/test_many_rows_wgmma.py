@@ -25,7 +25,7 @@ def compiled(kernel: Any, constants: dict[str, Any], warps: int) -> Any:
 @pytest.mark.parametrize("bn", [32, 128])
 @pytest.mark.parametrize("name", ["gate and up", "without a gate", "down"])
 def test_compiles(name: str, bn: int) -> None:
-    common = {"STRIPS": 116, "TILES": 29, "W": 4, "BN": bn}
+    common = {"STRIPS": 116, "TILES": 29, "W": 4, "BN": bn, "PDL": True}
     if name == "down":
         kernel = compiled(down_wgmma, {**common, "COLUMNS": 1856}, 4)
     else:
