@@ -219,7 +219,8 @@ class Stepper:
                 self._run(buffers)  # compiles what is not compiled yet
             torch.cuda.current_stream(self.device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # Another runner of this process may be at work in its own thread.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._run(buffers)
             buffers.graph = graph
             if verbose:
