@@ -8,7 +8,7 @@ import pytest
 import torch
 from delta_cases import EPS, PREFILLS, QWEN, SMALL, STEPS, check, layer
 
-from moe_nvfp4.kernels.delta_net import DeltaInputs, DeltaState, Heads, delta_net, delta_net_twin
+from moe_nvfp4.kernels.delta_net import DeltaInputs, DeltaState, Heads, delta_net_kernels, delta_net_twin
 from moe_nvfp4.kernels.nvfp4 import TOLERANCE, relative_error
 from moe_nvfp4.kernels.rows import Rows
 
@@ -63,6 +63,6 @@ def test_long_prompts() -> None:
     for pieces, case in zip(steps, cases, strict=True):
         inputs, rows = DeltaInputs(*(x.double() for x in case.inputs)), Rows.of(pieces, "cuda")
         expected = delta_net_twin(inputs, weights, exact, rows, EPS)
-        actual = delta_net(*case.inputs, weights, state, rows, EPS)
+        actual = delta_net_kernels(DeltaInputs(*case.inputs), weights, state, rows, EPS)
         assert relative_error(actual, expected) < TOLERANCES[torch.float32]
         assert relative_error(state.recurrent, exact.recurrent) < TOLERANCES[torch.float32]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from delta_cases import DECODES, EPS, QWEN, SMALL, check, layer, reference
 
-from moe_nvfp4.kernels.delta_net import DeltaInputs, DeltaState, Heads, delta_net
+from moe_nvfp4.kernels.delta_net import DeltaInputs, DeltaState, Heads, delta_net_kernels
 from moe_nvfp4.kernels.nvfp4 import TOLERANCE, relative_error
 from moe_nvfp4.kernels.rows import Rows
 
@@ -32,11 +32,11 @@ def test_many_tokens_in_a_graph() -> None:
     rows = Rows.of([(1, 0, 1)], "cuda")
     inputs = DeltaInputs(*(x[:1].clone() for x in case.inputs))
     spare = DeltaState(*(x.clone() for x in case.state))
-    delta_net(*inputs, case.weights, spare, rows, EPS)
+    delta_net_kernels(inputs, case.weights, spare, rows, EPS)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = delta_net(*inputs, case.weights, case.state, rows, EPS)
+        out = delta_net_kernels(inputs, case.weights, case.state, rows, EPS)
     for position in range(count):
         for target, source in zip(inputs, case.inputs, strict=True):
             target.copy_(source[position : position + 1])
