@@ -72,6 +72,13 @@ def unlike_gate_and_up(config: dict, tensors: Tensors) -> None:
             tensors[name] = tensors[name] / 10
 
 
+def every_expert_chosen(config: dict, tensors: Tensors) -> None:
+    """So rounding cannot swap the last expert chosen with the first left out, which moves so small a model far."""
+    text = config.get("text_config", config)
+    name = "top_k_experts" if "top_k_experts" in text else "num_experts_per_tok"
+    text[name] = text["num_experts"]
+
+
 def runner_of(folder: Path, **settings: object) -> MoERunner:
     settings = {"device": "cpu", "dtype": "float32", "verbose": False, **settings}
     return MoERunner.from_pretrained(folder, **settings)

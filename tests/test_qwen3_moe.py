@@ -64,10 +64,6 @@ def quarter_weights(config: dict, tensors: Tensors) -> None:
     config["norm_topk_prob"] = False
 
 
-def every_expert_chosen(config: dict, tensors: Tensors) -> None:
-    config["num_experts_per_tok"] = config["num_experts"]
-
-
 VARIANTS: dict[str, tuple[str, Edit]] = {
     "modelopt": (NVIDIA, nothing),
     "compressed-tensors": (REDHAT, nothing),
@@ -95,65 +91,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(NVIDIA, tmp_path_factory.mktemp("plain") / "model", seed=5)
 
 
-@pytest.fixture(scope="module", params=[NVIDIA, REDHAT])
-def smooth(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(request.param, tmp_path_factory.mktemp("smooth") / "model", every_expert_chosen, seed=5)
-
-
-@pytest.fixture(scope="module", params=[NVIDIA, REDHAT])
-def shaped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("shaped") / "model"
-    return tiny_model(request.param, out, every_expert_chosen, seed=5, for_kernels=True)
-
-
 def test_float32_logits_equal_transformers(folder: Path) -> None:
     checks.check_against_transformers(folder)
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_incremental_equals_prefill(plain: Path, chunk: int) -> None:
-    checks.check_incremental(plain, chunk)
-
-
-def test_sequences_of_a_batch_do_not_touch_each_other(plain: Path) -> None:
-    checks.check_rows_apart(plain)
-
-
-def test_bfloat16_stays_close_to_float32(smooth: Path) -> None:
-    checks.check_bfloat16(smooth, "cpu")
-
-
-def test_greedy_tokens_follow_float32(smooth: Path) -> None:
-    checks.check_greedy_tokens(smooth, "cpu")
-
-
-def test_fp8_keys_and_values(smooth: Path) -> None:
-    checks.check_fp8_cache(smooth)
-
-
-@pytest.mark.gpu
-def test_kernels_stay_close_to_float32(shaped: Path) -> None:
-    checks.check_bfloat16(shaped, "cuda")
-
-
-@pytest.mark.gpu
-def test_greedy_tokens_of_the_kernels_follow_float32(shaped: Path) -> None:
-    checks.check_greedy_tokens(shaped, "cuda")
-
-
-@pytest.mark.gpu
-def test_kernels_on_fp8_keys_and_values(shaped: Path) -> None:
-    checks.check_fp8_cache(shaped, "cuda")
-
-
-@pytest.mark.gpu
-def test_graphs_give_the_tokens_of_eager_steps(shaped: Path) -> None:
-    checks.check_graph_equals_eager(shaped)
-
-
-@pytest.mark.gpu
-def test_sizes_that_no_kernel_takes_run_all_the_same(smooth: Path) -> None:
-    checks.check_bfloat16(smooth, "cuda")
 
 
 @pytest.mark.parametrize(
