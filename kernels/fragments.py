@@ -54,6 +54,11 @@ class FragmentTensor(NamedTuple):
         return sum(part.nbytes for part in self)
 
 
+def fits_in_place(rows: int, columns: int) -> bool:
+    """Whether a weight can be re-ordered in the memory it has, without padding."""
+    return rows % ROWS == 0 and columns % COLUMNS == 0
+
+
 def to_fragments(weight: NVFP4Tensor) -> FragmentTensor:
     """The torch twin of the repack. Block scales are not negative and not NaN, which loading makes sure of."""
     codes, scales = unpack(weight.codes), weight.block_scales & 0x7F
@@ -123,7 +128,7 @@ def repack_in_place(weight: NVFP4Tensor) -> FragmentTensor:
     """
     *batch, rows, half = weight.codes.shape
     columns = 2 * half
-    if rows % ROWS or columns % COLUMNS:
+    if not fits_in_place(rows, columns):
         raise ValueError(f"weight [{rows}, {columns}]: in place needs rows in 16s and columns in 64s")
     tiles, strips = columns // COLUMNS, weight.codes.numel() // (8 * columns)
     if strips:

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from moe_nvfp4.kernels.dense import concatenate, dense_linear
-from moe_nvfp4.kernels.fragments import COLUMNS, ROWS, FragmentTensor, from_fragments, repack_in_place
+from moe_nvfp4.kernels.fragments import ROWS, FragmentTensor, fits_in_place, from_fragments, repack_in_place
 from moe_nvfp4.kernels.nvfp4 import FP8Tensor, NVFP4Tensor
 
 DenseWeight = torch.Tensor | FP8Tensor | NVFP4Tensor | FragmentTensor
@@ -52,9 +52,9 @@ def stack(weights: Sequence[DenseWeight], *, fast: bool) -> DenseWeight | Stacke
 
 def in_fragments(weight: DenseWeight) -> DenseWeight:
     """NVFP4 in the order of the tensor-core kernels, in the memory it has; other weights as they are."""
-    if not isinstance(weight, NVFP4Tensor) or weight.shape[-2] % ROWS or weight.shape[-1] % COLUMNS:
-        return weight
-    return repack_in_place(weight)
+    if isinstance(weight, NVFP4Tensor) and fits_in_place(*weight.shape[-2:]):
+        return repack_in_place(weight)
+    return weight
 
 
 def embedding(token_ids_T: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class AsyncMoERunner:
         loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Increment | Exception]()
 
         def sink(item: Increment | Exception) -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the event loop was closed, and nobody waits; the engine serves others
                 loop.call_soon_threadsafe(arrived.put_nowait, item)
 
         call = Call(self.runner.engine, self.runner.answers(requests), sink)

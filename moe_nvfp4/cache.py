@@ -68,15 +68,6 @@ class CacheSpec:
     attention: tuple[AttentionSpec, ...]
     delta: DeltaSpec | None = None
 
-    def slot_bytes(self, settings: CacheSettings) -> int:
-        """Of a sequence of full length."""
-        return self.page_bytes(settings, [spec.pages(settings) for spec in self.attention]) + self.state_bytes(settings)
-
-    def bytes(self, settings: CacheSettings) -> int:
-        """Of all slots with pages of their own, and of the spare one, which has a page for a layer."""
-        spare = self.page_bytes(settings, [1] * len(self.attention)) + self.state_bytes(settings)
-        return settings.slots * self.slot_bytes(settings) + spare
-
     def page_bytes(self, settings: CacheSettings, pages: Sequence[int]) -> int:
         """Of so many pages of each group of attention layers."""
         token = [2 * len(spec.layers) * spec.kv_heads * spec.head_dim for spec in self.attention]

@@ -16,7 +16,7 @@ import torch
 
 from moe_nvfp4.checkpoint import Checkpoint
 from moe_nvfp4.errors import CheckpointError
-from moe_nvfp4.kernels.fragments import COLUMNS, ROWS, repack_in_place
+from moe_nvfp4.kernels.fragments import fits_in_place, repack_in_place
 from moe_nvfp4.kernels.nvfp4 import BLOCK, NVFP4Tensor
 from moe_nvfp4.kernels.routed_experts import ExpertWeight
 from moe_nvfp4.layouts.base import ExpertBlock, Layout
@@ -46,7 +46,7 @@ class LayerExperts:
     def in_fragments(self) -> "LayerExperts":
         """The same memory in the order that the tensor-core kernels read; as it is where a shape does not fit them."""
         blocks = [block for block in self.projections if isinstance(block, NVFP4Tensor)]
-        if not all(block.shape[-2] % ROWS == 0 and block.shape[-1] % COLUMNS == 0 for block in blocks):
+        if not all(fits_in_place(*block.shape[-2:]) for block in blocks):
             return self
         *gate, up, down = (repack_in_place(block) for block in blocks)
         return LayerExperts(gate[0] if gate else None, up, down)

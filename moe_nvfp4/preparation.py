@@ -16,7 +16,7 @@ from moe_nvfp4.engine.penalties import BYTES_PER_TOKEN
 from moe_nvfp4.engine.stepper import buckets_up_to
 from moe_nvfp4.errors import CheckpointError, RequestError
 from moe_nvfp4.expert_buffers import ExpertBuffers, num_experts
-from moe_nvfp4.kernels.fragments import COLUMNS, ROWS
+from moe_nvfp4.kernels.fragments import fits_in_place
 from moe_nvfp4.layouts import Config
 from moe_nvfp4.memory import MemoryPlan, plan_memory
 from moe_nvfp4.models import Model, ModelConfig, Parts, build_model, model_config
@@ -94,7 +94,7 @@ class Preparation:
     def _has_kernels(self) -> bool:
         """Where experts' sizes fit no kernel (none published), torch serves, which a graph cannot hold."""
         shapes = [shape for block in self.found.layout.experts for shape in block.projections.values()]
-        fits = all(rows % ROWS == 0 and columns % COLUMNS == 0 for rows, columns in shapes)
+        fits = all(fits_in_place(*shape) for shape in shapes)
         return self.device.type == "cuda" and self.dtype == torch.bfloat16 and fits
 
     def _chunk(self) -> int:

@@ -52,8 +52,9 @@ def test_a_ring_is_not_longer_than_the_sequence() -> None:
 @pytest.mark.parametrize("changes", [{}, {"fp8": True}, {"dtype": torch.bfloat16, "slots": 7, "max_seq_len": 65}])
 def test_the_plan_is_exact(changes: dict) -> None:
     chosen = settings(**changes)
-    assert SequenceCache(SPEC, chosen, torch.device("cpu")).nbytes == SPEC.bytes(chosen)
-    assert SPEC.bytes(chosen) > chosen.slots * SPEC.slot_bytes(chosen)
+    pages = [chosen.slots * spec.pages(chosen) + 1 for spec in SPEC.attention]  # one spare
+    planned = SPEC.page_bytes(chosen, pages) + (chosen.slots + 1) * SPEC.state_bytes(chosen)
+    assert SequenceCache(SPEC, chosen, torch.device("cpu")).nbytes == planned
 
 
 def test_scales_go_by_layer() -> None:

@@ -239,7 +239,8 @@ def test_where_not_all_slots_can_be_long_pages_are_shared(folder: Path, monkeypa
     """Room for two sequences of full length, and eight slots: short ones run together, long ones in turn."""
     settings = {"device": "cpu", "max_batch_size": 8, "max_seq_len": 128, "verbose": False}
     prepared = MoERunner.prepare(folder, **settings)
-    plan, each = prepared.plan, prepared.config.cache_spec.slot_bytes(prepared.cache_settings)
+    plan, spec = prepared.plan, prepared.config.cache_spec
+    each = spec.page_bytes(prepared.cache_settings, [part.pages(prepared.cache_settings) for part in spec.attention])
     prepared.close()
     room = plan.total - 6 * each
     monkeypatch.setattr("moe_nvfp4.memory.available_bytes", lambda device: int(room / 0.97) + 1)

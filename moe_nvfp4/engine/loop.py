@@ -44,6 +44,7 @@ class Engine:
         self._lock = threading.Lock()
         self._next_ident, self._unfinished = 0, 0
         self._broken: Exception | None = None
+        self._over: Exception | None = None  # why the loop takes no more requests
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="moe-nvfp4 engine", daemon=True)
         self._thread.start()
@@ -61,7 +62,7 @@ class Engine:
                 )
             self._unfinished += 1
             answer.sequence.ident, self._next_ident = self._next_ident, self._next_ident + 1
-        self._orders.put(lambda: self._begin(answer, sink))
+            self._orders.put(lambda: self._begin(answer, sink))  # under the lock: after it, the loop may be over
 
     def cancel(self, answer: Answer) -> None:
         """Frees what the answer holds; nothing more comes from it. Of one that is over it does nothing."""
@@ -75,6 +76,8 @@ class Engine:
             while self._flights:
                 self._land(self._flights.popleft())
             try:
+                if self._over is not None:
+                    raise self._over
                 done.put((True, function()))
             except BaseException as error:
                 done.put((False, error))
@@ -134,7 +137,8 @@ class Engine:
                 while self._take_orders():
                     self._turn()
         except Exception as error:
-            self._broken = error
+            with self._lock:
+                self._broken = error
             self._fail_all(error)
         else:
             self._fail_all(EngineError("the runner was closed before the answer was complete"))
@@ -213,11 +217,13 @@ class Engine:
             sink(increment)
 
     def _begin(self, answer: Answer, sink: Sink) -> None:
-        sequence = answer.sequence
-        if not self.scheduler.fits(sequence.prompt_length + 1):
+        sequence, refusal = answer.sequence, self._over
+        if refusal is None and not self.scheduler.fits(sequence.prompt_length + 1):
+            refusal = RequestError(f"{sequence.prompt_length:,} tokens need more pages than there are")
+        if refusal is not None:
             with self._lock:
                 self._unfinished -= 1
-            sink(RequestError(f"{sequence.prompt_length:,} tokens need more pages than there are"))
+            sink(refusal)
             return
         self._open[sequence.ident] = answer, sink
         self.scheduler.add(sequence)
@@ -234,9 +240,15 @@ class Engine:
         sink(error)
 
     def _fail_all(self, error: Exception) -> None:
+        """The loop is over: nobody who came in time waits for ever."""
+        self._over = error
         self._flights.clear()
         for answer, _ in list(self._open.values()):
             self._fail(answer.sequence, error)
+        with suppress(queue.Empty):
+            while True:
+                if (order := self._orders.get_nowait()) is not None:
+                    order()
 
 
 class Lease(NamedTuple):

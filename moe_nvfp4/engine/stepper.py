@@ -123,7 +123,6 @@ class Stepper:
         self.penalties = Penalties(cache.slots, device)
         self.last_tokens = torch.zeros(cache.slots + 1, dtype=torch.int32, device=device)
         self._buffers: dict[int, StepBuffers] = {}
-        self.capture_seconds = 0.0
         if graphs:
             self._capture_all(verbose)
 
@@ -226,10 +225,9 @@ class Stepper:
             if verbose:
                 seconds = time.perf_counter() - began
                 print(f"\rdecode graphs: batch {size:<5} {seconds:6.1f} s", end="", file=sys.stderr, flush=True)
-        self.capture_seconds = time.perf_counter() - began
         if verbose:
-            sizes = ", ".join(map(str, self.buckets))
-            print(f"\rdecode graphs for batches of {sizes}: {self.capture_seconds:.1f} s", file=sys.stderr)
+            seconds, sizes = time.perf_counter() - began, ", ".join(map(str, self.buckets))
+            print(f"\rdecode graphs for batches of {sizes}: {seconds:.1f} s", file=sys.stderr)
 
 
 def _in_flight(sampled: Sampled, tops: Logprobs | None) -> StepResult:

@@ -242,6 +242,20 @@ def test_closing_ends_what_is_running(one_folder: Path) -> None:
     assert not runner.engine._thread.is_alive()
 
 
+def test_a_request_that_comes_while_the_engine_ends_gets_an_error(one_folder: Path) -> None:
+    """Its order lies behind the one to close: it must not wait for an answer that nobody gives."""
+    runner = runner_of(one_folder)
+    (answer,) = runner.answers(runner.prompts.encode([1, 2], TEN))
+    arrived: list[Any] = []
+    blocked = threading.Event()
+    runner.engine._orders.put(lambda: blocked.wait(timeout=30) and None)
+    runner.engine._orders.put(None)
+    runner.engine.submit(answer, arrived.append)
+    blocked.set()
+    runner.close()
+    assert isinstance(arrived[0], EngineError) and "closed" in str(arrived[0])
+
+
 def test_priorities_are_served_first(one_folder: Path) -> None:
     with runner_of(one_folder, max_batch_size=1) as runner:
         hold = runner.stream([3, 4], SamplingParams(max_new_tokens=4000, ignore_eos=True))
