@@ -22,11 +22,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from moe_nvfp4.kernels import dense_rows
 from moe_nvfp4.kernels.compiling import ARCHITECTURES, SHARED_LIMIT, CompileCase
-from moe_nvfp4.kernels.dense import dense_linear
 from moe_nvfp4.kernels.dense_rows import (
     TILE_COLUMNS,
-    DenseWeight,
     Kind,
     Tiling,
     block_of,
@@ -41,6 +40,8 @@ from moe_nvfp4.kernels.dense_rows import (
     start_step,
     tiling_for,
 )
+from moe_nvfp4.kernels.linear import DenseWeight, Stacked, linear
+from moe_nvfp4.kernels.nvfp4 import NVFP4Tensor
 from moe_nvfp4.kernels.residual_norms import Norm, residual_norms
 from moe_nvfp4.kernels.sort_pairs import launch_options
 
@@ -55,33 +56,34 @@ def norm_linear(
     x_TH: Tensor,
     y_TH: Tensor | None,
     norm: Norm,
-    weights: Sequence[DenseWeight],
+    weights: Sequence[DenseWeight | Stacked],
     tilings: Sequence[Tiling] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """x' and a bfloat16 [T, N] for each weight. Without y, x' is x itself. The kernel before it on the stream must not
+    """x' and a [T, N] for each weight. Without y, x' is x itself. The kernel before it on the stream must not
     write weights. Tilings have one number of warps.
 
     On one H200, one row, µs, after an FP8 product of 4096 columns (3.6 of it) and against separate launches: fp8 12288
     and bf16 64 x 2048 12.6 (16.7), at 4 rows 13.6 (17.4), fp8 9216 x 2048 10.9 (13.7), fp8 10240 x 4096 22.3 (23.7),
     bf16 8192 x 2816 17.4 (20.8). Weights in registers, without the copies' barriers, are slower: 15.6.
     """
-    if not _one_launch(x_TH, y_TH, norm, weights):
+    kernels = [w for w in weights if not isinstance(w, Stacked | NVFP4Tensor)]
+    if len(kernels) < len(weights) or not _one_launch(x_TH, y_TH, norm, kernels):
         return norm_linear_twin(x_TH, y_TH, norm, weights)
     num_rows, hidden = x_TH.shape
     changed_TH = x_TH if y_TH is None else torch.empty_like(x_TH)
-    outputs = [x_TH.new_empty(num_rows, weight.shape[0]) for weight in weights]
-    tilings = tilings or tilings_for(weights, num_rows)
+    outputs = [x_TH.new_empty(num_rows, weight.shape[0]) for weight in kernels]
+    tilings = tilings or tilings_for(kernels, num_rows)
     pointers, sizes, programs = [], [], []
-    for i in (0, len(weights) - 1):
-        *parts, step = parts_of(weights[i])
+    for i in (0, len(kernels) - 1):
+        *parts, step = parts_of(kernels[i])
         pointers += [*parts, outputs[i]]
-        sizes += [weights[i].shape[0], step]
-        programs.append(triton.cdiv(triton.cdiv(weights[i].shape[0], 16), tilings[i].span))
-    both = len(weights) == MAX_WEIGHTS
+        sizes += [kernels[i].shape[0], step]
+        programs.append(triton.cdiv(triton.cdiv(kernels[i].shape[0], 16), tilings[i].span))
+    both = len(kernels) == MAX_WEIGHTS
     norm_linear_kernel[(programs[0] + both * programs[1],)](
         x_TH, x_TH if y_TH is None else y_TH, x_TH if norm.weight is None else norm.weight, changed_TH,
         *pointers, num_rows, *sizes, programs[1],
-        **_constants(hidden, num_rows, [kind_of(weight) for weight in weights], tilings),
+        **_constants(hidden, num_rows, [kind_of(weight) for weight in kernels], tilings),
         EPS=norm.eps, NORM=0 if norm.weight is None else 1 + norm.offset, BRANCH=y_TH is not None,
         num_warps=tilings[0].warps, **launch_options(x_TH),
     )  # fmt: skip
@@ -89,14 +91,14 @@ def norm_linear(
 
 
 def norm_linear_twin(
-    x_TH: Tensor, y_TH: Tensor | None, norm: Norm, weights: Sequence[DenseWeight]
+    x_TH: Tensor, y_TH: Tensor | None, norm: Norm, weights: Sequence[DenseWeight | Stacked]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Two launches and more, for any number of rows, and on a CPU the torch twin. bfloat16 only."""
+    """Two launches and more, for any number of rows, and on a CPU the torch twin."""
     changed_TH, (normed_TH,) = residual_norms(x_TH, [] if y_TH is None else [(y_TH, None)], [norm])
-    return changed_TH, [dense_linear(normed_TH, weight, dependent=True) for weight in weights]
+    return changed_TH, [linear(normed_TH, weight) for weight in weights]
 
 
-def tilings_for(weights: Sequence[DenseWeight], rows: int) -> list[Tiling]:
+def tilings_for(weights: Sequence[dense_rows.DenseWeight], rows: int) -> list[Tiling]:
     """That of the largest weight; the other one has its warps. Steps ahead as far as shared memory goes."""
     sizes = [weight.shape[0] for weight in weights]
     return _tilings(weights[0].shape[1], [kind_of(weight) for weight in weights], sizes, rows)
@@ -135,7 +137,7 @@ def _padded(hidden: int, rows: int, warps: int) -> dict[str, int]:
     return {"BH": max(triton.next_power_of_2(hidden), 64 * warps), "R": triton.next_power_of_2(rows)}
 
 
-def _one_launch(x_TH: Tensor, y_TH: Tensor | None, norm: Norm, weights: Sequence[DenseWeight]) -> bool:
+def _one_launch(x_TH: Tensor, y_TH: Tensor | None, norm: Norm, weights: Sequence[dense_rows.DenseWeight]) -> bool:
     tensors = [part for part in (x_TH, y_TH, norm.weight) if part is not None]
     return (
         x_TH.is_cuda

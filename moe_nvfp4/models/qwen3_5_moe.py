@@ -14,6 +14,7 @@ from moe_nvfp4.kernels.delta_net import DeltaState, DeltaWeights, delta_net
 from moe_nvfp4.kernels.gated import add_gated_share
 from moe_nvfp4.kernels.heads import norm_rope_store
 from moe_nvfp4.kernels.linear import DenseWeight, Stacked, embedding, linear, stack
+from moe_nvfp4.kernels.norm_linear import norm_linear
 from moe_nvfp4.kernels.paged_attention import paged_attention
 from moe_nvfp4.kernels.paged_kv import PagedKV
 from moe_nvfp4.kernels.residual_norms import Norm, residual_norms
@@ -118,11 +119,16 @@ class Attention:
     q_norm: torch.Tensor
     k_norm: torch.Tensor
 
+    @property
+    def projections(self) -> list[DenseWeight | Stacked]:
+        return [self.qkv]
+
     def forward(
-        self, x_TH: torch.Tensor, kv: PagedKV, rows: Rows, inv_freq: torch.Tensor, config: Qwen35MoeConfig
+        self, projected: list[torch.Tensor], kv: PagedKV, rows: Rows, inv_freq: torch.Tensor, config: Qwen35MoeConfig
     ) -> torch.Tensor:
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        qkv_TND = linear(x_TH, self.qkv).view(-1, 2 * heads + 2 * kv_heads, dim)
+        (qkv,) = projected
+        qkv_TND = qkv.view(-1, 2 * heads + 2 * kv_heads, dim)
         queries, k_TGD, v_TGD = qkv_TND.split((2 * heads, kv_heads, kv_heads), dim=1)
         q_TND, gate_TND = queries[:, 0::2], queries[:, 1::2]
         q_TND = norm_rope_store(
@@ -138,9 +144,15 @@ class DeltaNet:
     delta: DeltaWeights
     out: DenseWeight
 
-    def forward(self, x_TH: torch.Tensor, state: DeltaState, rows: Rows, config: Qwen35MoeConfig) -> torch.Tensor:
+    @property
+    def projections(self) -> list[DenseWeight | Stacked]:
+        return [self.qkv_z, self.b_a]
+
+    def forward(
+        self, projected: list[torch.Tensor], state: DeltaState, rows: Rows, config: Qwen35MoeConfig
+    ) -> torch.Tensor:
         channels, heads = config.delta.channels, config.delta.value_heads
-        qkv_z, b_a = linear(x_TH, self.qkv_z), linear(x_TH, self.b_a)
+        qkv_z, b_a = projected
         y_TV = delta_net(
             qkv_z[:, :channels],
             qkv_z[:, channels:],
@@ -201,17 +213,18 @@ class Qwen35Moe:
     def run_layers(
         self, x_TH: torch.Tensor, layers: range, batch: Batch, cache: SequenceCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        norms = [*(layer.mixer_norm for layer in self.layers), self.norm]
-        x_TH, (normed_TH,) = residual_norms(x_TH, [], [norms[layers.start]])
+        y_TH = None
         for index in layers:
             layer = self.layers[index]
+            x_TH, projected = norm_linear(x_TH, y_TH, layer.mixer_norm, layer.mixer.projections)
             if isinstance(layer.mixer, Attention):
-                y_TH = layer.mixer.forward(normed_TH, cache.kv[index], batch.rows, self.inv_freq, self.config)
+                y_TH = layer.mixer.forward(projected, cache.kv[index], batch.rows, self.inv_freq, self.config)
             else:
-                y_TH = layer.mixer.forward(normed_TH, cache.states[index], batch.rows, self.config)
+                y_TH = layer.mixer.forward(projected, cache.states[index], batch.rows, self.config)
             x_TH, (normed_TH,) = residual_norms(x_TH, [(y_TH, None)], [layer.mlp_norm])
             y_TH = layer.moe.forward(normed_TH)
-            x_TH, (normed_TH,) = residual_norms(x_TH, [(y_TH, None)], [norms[index + 1]])
+        norms = [*(layer.mixer_norm for layer in self.layers), self.norm]
+        x_TH, (normed_TH,) = residual_norms(x_TH, [] if y_TH is None else [(y_TH, None)], [norms[layers.stop]])
         return x_TH, normed_TH
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

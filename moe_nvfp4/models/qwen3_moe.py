@@ -12,6 +12,7 @@ from moe_nvfp4.batch import Batch
 from moe_nvfp4.cache import AttentionSpec, CacheSpec, SequenceCache
 from moe_nvfp4.kernels.heads import norm_rope_store
 from moe_nvfp4.kernels.linear import DenseWeight, Stacked, embedding, linear, stack
+from moe_nvfp4.kernels.norm_linear import norm_linear
 from moe_nvfp4.kernels.paged_attention import paged_attention
 from moe_nvfp4.kernels.paged_kv import PagedKV
 from moe_nvfp4.kernels.residual_norms import Norm, residual_norms
@@ -102,12 +103,11 @@ class Attention:
     k_norm: torch.Tensor
 
     def forward(
-        self, x_TH: torch.Tensor, kv: PagedKV, rows: Rows, inv_freq: torch.Tensor, config: Qwen3MoeConfig
+        self, qkv: torch.Tensor, kv: PagedKV, rows: Rows, inv_freq: torch.Tensor, config: Qwen3MoeConfig
     ) -> torch.Tensor:
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        q_TND, k_TGD, v_TGD = (
-            linear(x_TH, self.qkv).view(-1, heads + 2 * kv_heads, dim).split((heads, kv_heads, kv_heads), dim=1)
-        )
+        qkv_TND = qkv.view(-1, heads + 2 * kv_heads, dim)
+        q_TND, k_TGD, v_TGD = qkv_TND.split((heads, kv_heads, kv_heads), dim=1)
         q_TND = norm_rope_store(q_TND, k_TGD, v_TGD, kv, rows, inv_freq, config.eps, self.q_norm, self.k_norm)
         return linear(paged_attention(q_TND, kv, rows, dim**-0.5).flatten(1), self.o)
 
@@ -153,14 +153,15 @@ class Qwen3Moe:
     def run_layers(
         self, x_TH: torch.Tensor, layers: range, batch: Batch, cache: SequenceCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        norms = [*(layer.attention_norm for layer in self.layers), self.norm]
-        x_TH, (normed_TH,) = residual_norms(x_TH, [], [norms[layers.start]])
+        y_TH = None
         for index in layers:
             layer = self.layers[index]
-            y_TH = layer.attention.forward(normed_TH, cache.kv[index], batch.rows, self.inv_freq, self.config)
+            x_TH, (qkv,) = norm_linear(x_TH, y_TH, layer.attention_norm, [layer.attention.qkv])
+            y_TH = layer.attention.forward(qkv, cache.kv[index], batch.rows, self.inv_freq, self.config)
             x_TH, (normed_TH,) = residual_norms(x_TH, [(y_TH, None)], [layer.mlp_norm])
             y_TH = layer.mlp.forward(normed_TH)
-            x_TH, (normed_TH,) = residual_norms(x_TH, [(y_TH, None)], [norms[index + 1]])
+        norms = [*(layer.attention_norm for layer in self.layers), self.norm]
+        x_TH, (normed_TH,) = residual_norms(x_TH, [] if y_TH is None else [(y_TH, None)], [norms[layers.stop]])
         return x_TH, normed_TH
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
