@@ -77,6 +77,7 @@ def find_threshold(
             share = (low_weight - target) / (low_weight - weight)
         first, second, third = _three(low, high, share, low_count - count, step, SHIFT)
         step += 1
+    equal = tl.where(low_count >= 0, low_count - count, 1.0 * V)  # tokens at `low`, as far as they were counted
     if low + 1 < high:
         _, x = load_listed(logits_ptr, scratch_ptr, 0, number, V, HELD, N)
         key = key_of(x, SHIFT)
@@ -89,6 +90,7 @@ def find_threshold(
             middle = (low & high) + ((low ^ high) >> 1)
             below = reached + tl.sum(tl.where(key >= middle, worth, 0.0)) >= target
             low, high = tl.where(below, middle, low), tl.where(below, high, middle)
+        equal = tl.sum(tl.where(key == low, 1.0, 0.0))
         outside = inside & (key >= high)
         count += tl.sum(outside.to(tl.float32))
         weight += tl.sum(tl.where(outside, weights_of(value_of(key, SHIFT), peak, scale), 0.0))
@@ -96,7 +98,8 @@ def find_threshold(
     if COUNT:
         ties = (target - count).to(tl.int32)
     else:
-        ties = tl.minimum(tl.maximum(tl.ceil((target - weight) / tie_weight), 1.0), V).to(tl.int32)
+        # Rounding of the sums may ask for more than there are.
+        ties = tl.minimum(tl.maximum(tl.ceil((target - weight) / tie_weight), 1.0), equal).to(tl.int32)
         ties = tl.where(low == old_low, tl.minimum(ties, old_ties), ties)
     return low, ties, weight + ties * tie_weight
 

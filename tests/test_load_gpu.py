@@ -49,7 +49,7 @@ def test_tensor_core_experts_agree_with_the_twin_end_to_end(folder: Path) -> Non
     logits = []
     for dtype in ("float32", "bfloat16"):
         with MoERunner.from_pretrained(folder, device="cuda", dtype=dtype, max_batch_size=1, verbose=False) as runner:
-            experts = runner.model.layers[0].mlp.experts
+            experts = runner.model.layers[0].mlp.routed.experts
             assert isinstance(experts.up, FragmentTensor if dtype == "bfloat16" else NVFP4Tensor)
             # Whole, row by row, and in chunks that take every kernel for few rows.
             logits.append(runner.logits(ids))
@@ -66,7 +66,7 @@ def test_tensor_core_experts_agree_with_the_twin_end_to_end(folder: Path) -> Non
 def test_experts_from_memory_equal_those_from_files(folder: Path) -> None:
     prepared = Preparation(folder, device="cpu", dtype=None, max_batch_size=1, max_seq_len=None, verbose=False)
     with Checkpoint.open(folder) as checkpoint:
-        expected = ExpertBuffers.load(checkpoint, prepared._found, device="cpu")
+        expected = ExpertBuffers.load(checkpoint, prepared.found, device="cpu")
         before = start_counting()
         tensors = {name: checkpoint.tensor(name).cuda() for name in checkpoint.tensors if ".experts." in name}
         expert_layout = layout(checkpoint.config)
