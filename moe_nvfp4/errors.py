@@ -16,6 +16,10 @@ class RequestError(MoeNvfp4Error):
     """A prompt or sampling setting that cannot be served."""
 
 
+class DeadlineError(RequestError):
+    """A request's timeout has passed before its answer was complete."""
+
+
 class EngineError(MoeNvfp4Error):
     """The engine cannot take or finish a request: it is closed, broken, or out of room."""
 

@@ -85,6 +85,7 @@ class Increment:
     text: str
     token_ids: tuple[int, ...]
     completion: Completion | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()  # of token_ids, if the request asked for them
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -116,8 +117,10 @@ class Answer:
         now = time.perf_counter() - self.started
         self.first_token = self.first_token or now
         self.new_ids.append(token_id)
+        logprobs: tuple[TokenLogprob, ...] = ()
         if params.logprobs is not None and found is not None:
-            self.logprobs.append(_logprob(token_id, row, params.logprobs, found))
+            logprobs = (_logprob(token_id, row, params.logprobs, found),)
+            self.logprobs += logprobs
         ends = token_id in params.stop_token_ids or (not params.ignore_eos and token_id in eos_token_ids)
         text = ""
         finish: FinishReason | None = None
@@ -131,7 +134,7 @@ class Answer:
             text += self.detokenizer.finish()
         self.text.append(text)
         completion = self._completion(finish, now) if finish else None
-        return Increment(self.prompt, self.choice, text, (token_id,), completion)
+        return Increment(self.prompt, self.choice, text, (token_id,), completion, logprobs)
 
     def _is_full(self) -> bool:
         length = self.sequence.prompt_length + len(self.new_ids)

@@ -1,8 +1,12 @@
 """Text to token ids and back, with the tokenizer and the chat template that lie beside a checkpoint."""
 
+import inspect
 import json
+import re
 import reprlib
+import secrets
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,33 +72,91 @@ class Tokenizer:
         return list(self._tokenizer.encode(text, verbose=False))
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation in the model's chat template, up to where the assistant speaks.
 
         Content is a string or a list of text parts as in the OpenAI API; parts are joined by newlines.
+        `template_arguments` are variables that the template knows, such as enable_thinking.
+
+        A special token comes from the template only. Where its text stands in messages, tools or arguments, it is
+        encoded as text, so nobody can write another role's turn into a message.
         """
         conversation = _checked_messages(messages)
         _check_tools(tools)
+        arguments = dict(template_arguments or {})
+        own = {"messages", *inspect.signature(self._tokenizer.apply_chat_template).parameters}
+        if taken := sorted(own & arguments.keys()):
+            raise RequestError(f"template arguments: {taken[0]!r} is set by the caller's other arguments; leave it out")
         if not self._tokenizer.chat_template:
             raise RequestError(
                 "messages: this checkpoint has no chat template; send a plain prompt instead, or put the "
                 "model's chat_template.jinja into the checkpoint folder"
             )
+        split = secrets.token_hex(16)  # a mark that nobody can have written
         try:
-            ids = self._tokenizer.apply_chat_template(
-                conversation,
-                tools=None if tools is None else [dict(tool) for tool in tools],
+            text = self._tokenizer.apply_chat_template(
+                self._split_special(conversation, split),
+                tools=None if tools is None else self._split_special([dict(tool) for tool in tools], split),
                 add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
+                tokenize=False,
+                **self._split_special(arguments, split),
             )
         except Exception as error:  # templates reject with their own error types, or trip over missing keys
+            reason = f"{type(error).__name__}: {error}".replace(split, "")
             raise RequestError(
-                f"messages: the chat template rejected the conversation: {type(error).__name__}: {error}. "
+                f"messages: the chat template rejected the conversation: {reason}. "
                 "Check the roles, their order and the fields of each message against the model's card"
             ) from error
-        return [int(token_id) for token_id in ids]
+        _check_text("messages", text)
+        pieces = [self._tokenizer.encode(piece, add_special_tokens=False, verbose=False) for piece in text.split(split)]
+        return [int(token_id) for piece in pieces for token_id in piece]
+
+    def _split_special(self, value: Any, split: str) -> Any:
+        """The value with `split` behind the first character of each special token in its strings."""
+        if isinstance(value, str):
+            return self._special.sub(lambda found: found[0] + split, value) if self._special else value
+        if isinstance(value, Mapping):
+            return {self._split_special(key, split): self._split_special(part, split) for key, part in value.items()}
+        return [self._split_special(part, split) for part in value] if _is_list(value) else value
+
+    @cached_property
+    def _special(self) -> re.Pattern[str] | None:
+        """The first character of any special token; tokens that overlap are all found."""
+        tokens = {token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special}
+        tokens |= set(self._tokenizer.all_special_tokens)
+        return re.compile(f"(?=(?:{'|'.join(map(re.escape, sorted(tokens)))})).", re.DOTALL) if tokens else None
+
+    @property
+    def chat_template(self) -> str:
+        """The template that `encode_chat` uses without tools; "" if there is none."""
+        template = self._tokenizer.chat_template
+        return template if isinstance(template, str) else str(template or "")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for; a byte-level token may be part of a character. b"" beyond the vocabulary."""
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        if token is None:
+            return b""
+        if token_id in self._added:
+            return str(token).encode()
+        if self._is_byte_level:
+            return bytes(BYTES_OF[character] for character in token if character in BYTES_OF)
+        if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+            return bytes.fromhex(byte[1])
+        return str(token).replace("\u2581", " ").encode()
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.added_tokens_decoder)
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return "ByteLevel" in repr(getattr(getattr(self._tokenizer, "backend_tokenizer", None), "decoder", None))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids beyond the vocabulary give nothing."""
@@ -103,6 +165,16 @@ class Tokenizer:
             list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         return text
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level vocabularies write a byte as a printable character: itself, or the next free one from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+BYTES_OF = _byte_alphabet()
 
 
 def _has_files(folder: Path, names: Sequence[str]) -> bool:
