@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from moe_nvfp4.batch import Piece
-from moe_nvfp4.engine.loop import Lease
+from moe_nvfp4.engine.lease import Lease
 from moe_nvfp4.engine.stepper import DecodeRow
 from moe_nvfp4.errors import RequestError
 from moe_nvfp4.launch.step_bytes import step_bytes
@@ -64,7 +64,7 @@ def bench_decode(
 ) -> list[dict[str, Any]]:
     results = []
     for batch in batches:
-        leases = [runner.engine.lend() for _ in range(batch)]
+        leases = [Lease.of(runner.engine) for _ in range(batch)]
         try:
             rows = runner.engine.call(partial(_prefilled, runner, leases, context))
             times = runner.engine.call(partial(_timed_steps, runner, rows))

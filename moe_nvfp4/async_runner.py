@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_nvfp4.engine.call import Call, generations
+from moe_nvfp4.frontend import Frontend
 from moe_nvfp4.generation import Completion, Generation, Increment
 from moe_nvfp4.prompts import Requests
 from moe_nvfp4.runner import MoERunner
@@ -14,7 +15,9 @@ from moe_nvfp4.sampling import SamplingParams
 
 
 class AsyncMoERunner:
-    def __init__(self, runner: MoERunner):
+    """Over a `MoERunner`, or whatever has its frontend."""
+
+    def __init__(self, runner: Frontend):
         self.runner = runner
 
     @classmethod

@@ -108,6 +108,14 @@ class Answer:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     first_token: float = 0.0
 
+    def resume(self, token_ids: list[int]) -> None:
+        """Takes tokens that it got elsewhere, before it is submitted here."""
+        self.sequence.tokens += token_ids  # beyond the prompt, as after a preemption
+        self.new_ids += token_ids
+        self.sampler.skip(len(token_ids))
+        if self.detokenizer is not None:
+            self.text += map(self.detokenizer.push, token_ids)
+
     def advance(
         self, row: int, token_id: int, peak: float, found: Logprobs | None, eos_token_ids: frozenset[int]
     ) -> Increment:

@@ -1,39 +1,36 @@
 """`MoERunner`: one rank's memory - expert buffers, dense weights, cache - and the engine that answers from it."""
 
-import queue
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 
 from moe_nvfp4.batch import Batch, Piece
 from moe_nvfp4.cache import PAGE, SequenceCache
-from moe_nvfp4.detokenize import IncrementalDetokenizer
 from moe_nvfp4.engine import scheduler
-from moe_nvfp4.engine.call import Call, generations
+from moe_nvfp4.engine.lease import Lease
 from moe_nvfp4.engine.loop import Engine
+from moe_nvfp4.engine.orders import Build, Orders
 from moe_nvfp4.engine.sequence_memory import PageGroup, SequenceMemory
 from moe_nvfp4.engine.stepper import Stepper
-from moe_nvfp4.generation import Answer, Completion, Generation, Increment
+from moe_nvfp4.frontend import Frontend
 from moe_nvfp4.preparation import Preparation
-from moe_nvfp4.prompts import Message, Prompt, Requests
-from moe_nvfp4.sampling import Sampler, SamplingParams
 
 
-class MoERunner:
+class MoERunner(Frontend):
     """One model on one device. Build with `from_pretrained`; close it, or use it as a context manager.
 
-    Any number of threads may call it at once: their requests share the steps.
+    Any number of threads may call it at once: their requests share the steps. `orders`, of one rank of several: where
+    its orders come from, given how an answer is built.
     """
 
-    def __init__(self, prepared: Preparation):
+    def __init__(self, prepared: Preparation, orders: Callable[[Build], Orders] | None = None):
         self.plan, self.device, self.dtype = prepared.plan, prepared.device, prepared.dtype
-        self.prompts, self.tokenizer = prepared.prompts, prepared.prompts.tokenizer
+        self.prompts = prepared.prompts
         self.eos_token_ids = prepared.eos_token_ids
         self.max_seq_len, self.config, self.found = self.plan.max_seq_len, prepared.config, prepared.found
         self.model, self.experts = prepared.load_model()
@@ -52,7 +49,13 @@ class MoERunner:
             graphs=prepared.cuda_graphs,
             verbose=prepared.verbose,
         )
-        self.engine = Engine(self.stepper, _scheduler(prepared), prepared.eos_token_ids, self.config.vocab_size)
+        self.engine: Engine = Engine(
+            self.stepper,
+            _scheduler(prepared),
+            prepared.eos_token_ids,
+            self.config.vocab_size,
+            orders(self.answer) if orders else None,
+        )
         self.load_seconds = time.perf_counter() - prepared.started
 
     @classmethod
@@ -101,43 +104,10 @@ class MoERunner:
             verbose=verbose,
         )
 
-    @overload  # a str is a Sequence[str] to the type checker, hence the ignore
-    def generate(  # type: ignore[overload-overlap]
-        self, prompts: str, sampling: SamplingParams | None = None
-    ) -> Generation: ...
-    @overload
-    def generate(self, prompts: Sequence[int], sampling: SamplingParams | None = None) -> Generation: ...
-    @overload
-    def generate(self, prompts: Sequence[Message], sampling: SamplingParams | None = None) -> Generation: ...
-    @overload
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[Generation]: ...
-
-    def generate(
-        self, prompts: Any, sampling: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Generation | list[Generation]:
-        """Answers one prompt or many. A prompt is a string, a list of chat messages, or a list of token ids.
-
-        Many prompts may come with one SamplingParams for all, or one each.
-        """
-        requests = self.prompts.encode(prompts, sampling)
-        done: dict[tuple[int, int], Completion] = {}
-        for increment in self._serve(requests):
-            if increment.completion is not None:
-                done[increment.prompt, increment.choice] = increment.completion
-        return generations(requests, done)
-
-    def stream(
-        self, prompts: Any, sampling: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Iterator[Increment]:
-        """The same, as increments while they come. A bad request raises here; closing the iterator frees its slots."""
-        return self._serve(self.prompts.encode(prompts, sampling))
-
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """float32 logits [T, vocabulary] of every position, on the CPU."""
         ids = self.prompts.check(list(token_ids), "token_ids", answer=False)
-        lease, rows = self.engine.lend(), []
+        lease, rows = Lease.of(self.engine), []
 
         def chunk(start: int) -> torch.Tensor:
             part = ids[start : start + self.prefill_chunk]
@@ -174,47 +144,6 @@ class MoERunner:
         self.engine.release()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def __enter__(self) -> "MoERunner":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _serve(self, requests: Requests) -> Iterator[Increment]:
-        """Increments of all answers as they come. Leaving early cancels what is unfinished."""
-        arrived: queue.SimpleQueue[Increment | Exception] = queue.SimpleQueue()
-        call = Call(self.engine, self.answers(requests), arrived.put)
-        try:
-            while call.is_open:
-                call.submit()
-                yield call.take(arrived.get())
-        finally:
-            call.cancel()
-
-    def answers(self, requests: Requests) -> deque[Answer]:
-        """Of all prompts and choices, in order, not yet submitted."""
-        started, now = time.perf_counter(), time.monotonic()
-        return deque(
-            Answer(
-                prompt=index,
-                choice=choice,
-                params=params,
-                sequence=scheduler.Sequence(
-                    ident=-1,
-                    tokens=list(ids),
-                    max_new_tokens=params.max_new_tokens,
-                    max_length=self.max_seq_len,
-                    priority=params.priority,
-                    deadline=None if params.timeout is None else now + params.timeout,
-                ),
-                sampler=Sampler(params, choice),
-                detokenizer=IncrementalDetokenizer(self.tokenizer, params.stop) if self.tokenizer else None,
-                started=started,
-            )
-            for index, (ids, params) in enumerate(zip(requests.token_ids, requests.sampling, strict=True))
-            for choice in range(params.n)
-        )
 
 
 def _scheduler(prepared: Preparation) -> scheduler.Scheduler:

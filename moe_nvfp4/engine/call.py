@@ -1,18 +1,33 @@
 """One call with its answers: submits them as the queue takes them, and cancels what is unfinished when it ends."""
 
 from collections import deque
+from typing import Protocol
 
-from moe_nvfp4.engine.loop import Engine, Sink
+from moe_nvfp4.engine.orders import Sink
 from moe_nvfp4.errors import QueueFullError
 from moe_nvfp4.generation import Answer, Completion, Generation, Increment
 from moe_nvfp4.prompts import Requests
 
 
+class AnsweringEngine(Protocol):
+    """What a call needs of an engine, be it of this process or of ranks elsewhere."""
+
+    @property
+    def slots(self) -> int:
+        """Answers that are computed at once."""
+
+    def submit(self, answer: Answer, sink: Sink) -> None: ...
+
+    def cancel(self, answer: Answer) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Call:
-    def __init__(self, engine: Engine, answers: deque[Answer], sink: Sink):
+    def __init__(self, engine: AnsweringEngine, answers: deque[Answer], sink: Sink):
         self._engine, self._waiting, self._sink = engine, answers, sink
         # A call with many prompts must not fill the queue for everybody else.
-        self._at_once = 2 * engine.scheduler.limits.slots
+        self._at_once = 2 * engine.slots
         self._submitted: dict[tuple[int, int], Answer] = {}
 
     @property

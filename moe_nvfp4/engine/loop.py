@@ -2,28 +2,31 @@
 
 On a GPU a step is launched before the tokens of the one before it have arrived, so the host works while the GPU does;
 what an answer that has ended still has in flight is dropped. An error of one request ends that request; an error of a
-step ends all of them, with the reason.
+step ends all of them, with the reason. With several ranks each has such a loop, and all take the same orders at the
+same turns (see orders.py).
 """
 
 import queue
 import threading
 import time
+import zlib
+from array import array
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
 from moe_nvfp4.batch import Piece
-from moe_nvfp4.engine.scheduler import QueueFull, Scheduler, Sequence, Step
-from moe_nvfp4.engine.sequence_memory import Memory
+from moe_nvfp4.engine.orders import Call, Cancel, Close, Late, LocalOrders, Order, Orders, Sink, Submit
+from moe_nvfp4.engine.scheduler import Scheduler, Sequence, Step
 from moe_nvfp4.engine.stepper import DecodeRow, Stepper, StepResult
 from moe_nvfp4.errors import EngineError, QueueFullError, RequestError
-from moe_nvfp4.generation import Answer, Increment
+from moe_nvfp4.generation import Answer
 
 Result = TypeVar("Result")
-Sink = Callable[[Increment | Exception], None]
 
 
 class Flight(NamedTuple):
@@ -32,13 +35,27 @@ class Flight(NamedTuple):
 
 
 class Engine:
-    """Started when it is built. All methods may be called from any thread."""
+    """Started when it is built. All methods may be called from any thread.
 
-    def __init__(self, stepper: Stepper, scheduler: Scheduler, eos_token_ids: frozenset[int], vocab_size: int):
+    `turns` counts up while the loop lives: with several ranks at least every BEAT_SECONDS, alone while it is busy.
+    `named` are the functions that `call_everywhere` may run.
+    """
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        scheduler: Scheduler,
+        eos_token_ids: frozenset[int],
+        vocab_size: int,
+        orders: Orders | None = None,
+    ):
         self.stepper, self.scheduler = stepper, scheduler
         self.eos_token_ids, self.vocab_size = eos_token_ids, vocab_size
         self._depth = 2 if stepper.device.type == "cuda" else 1
-        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._orders: Orders = orders or LocalOrders()
+        self.named: dict[str, Callable[..., Any]] = {}
+        self.turns = 0
+        self._digest = 0  # of all tokens that have landed
         self._open: dict[int, tuple[Answer, Sink]] = {}
         self._flights: deque[Flight] = deque()
         self._lock = threading.Lock()
@@ -62,49 +79,37 @@ class Engine:
                 )
             self._unfinished += 1
             answer.sequence.ident, self._next_ident = self._next_ident, self._next_ident + 1
-            self._orders.put(lambda: self._begin(answer, sink))  # under the lock: after it, the loop may be over
+            self._orders.put(Submit(answer, sink))  # under the lock: after it, the loop may be over
 
     def cancel(self, answer: Answer) -> None:
         """Frees what the answer holds; nothing more comes from it. Of one that is over it does nothing."""
-        self._orders.put(lambda: self._end(answer.sequence))
+        self._orders.put(Cancel(answer.sequence.ident))
 
     def call(self, function: Callable[[], Result]) -> Result:
-        """Runs a function in the loop's thread between steps, with nothing in flight."""
-        done: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+        """Runs a function in the loop's thread between steps, with nothing in flight. With several ranks it runs at
+        this one only: it may look at things, and change none that the others have too."""
+        return cast(Result, self._call(Call(None, function=function)))
 
-        def order() -> None:
-            while self._flights:
-                self._land(self._flights.popleft())
-            try:
-                if self._over is not None:
-                    raise self._over
-                done.put((True, function()))
-            except BaseException as error:
-                done.put((False, error))
+    def call_everywhere(self, name: str, **arguments: Any) -> Any:
+        """Runs the function of this name at every rank, at the same turn. Gives what it gives here."""
+        return self._call(Call(name, arguments))
 
+    def _call(self, call: Call) -> Any:
         with self._lock:
             self._require_alive()
-        self._orders.put(order)
+        self._orders.put(call)
         while True:
             with suppress(queue.Empty):
-                succeeded, value = done.get(timeout=0.5)
+                succeeded, value = call.done.get(timeout=0.5)
                 break
             self._require_alive()
         if not succeeded:
             raise value
-        result: Result = value
-        return result
+        return value
 
-    def lend(self) -> "Lease":
-        """A slot for somebody who steps by himself through `call`."""
-
-        def take() -> Lease:
-            try:
-                return Lease(self, *self.scheduler.lend())
-            except QueueFull as error:
-                raise EngineError(f"{error}; try again later, or raise max_batch_size") from None
-
-        return self.call(take)
+    @property
+    def slots(self) -> int:
+        return self.scheduler.limits.slots
 
     @property
     def free_slots(self) -> int:
@@ -116,7 +121,7 @@ class Engine:
             if self._closing:
                 return
             self._closing = True
-        self._orders.put(None)
+        self._orders.put(Close())
         self._thread.join()
 
     def release(self) -> None:
@@ -142,29 +147,57 @@ class Engine:
             self._fail_all(error)
         else:
             self._fail_all(EngineError("the runner was closed before the answer was complete"))
+        finally:
+            self._orders.close()
 
     def _take_orders(self) -> bool:
         """Waits for an order when there is nothing else to do. False: close."""
-        idle = not self._flights and not self.scheduler.running and not self.scheduler.waiting
-        with suppress(queue.Empty):
-            while True:
-                order = self._orders.get(block=idle)
-                if order is None:
-                    return False
-                order()
-                idle = False
-        return True
+        orders = self._orders.take(wait=not self._flights and not self.scheduler.running and not self.scheduler.waiting)
+        if self._orders.decides and (late := self.scheduler.late(time.monotonic())):
+            orders.append(Late([sequence.ident for sequence in late]))
+        self._orders.share(orders, self._digest)
+        goes_on = True
+        for order in orders:
+            goes_on = goes_on and not isinstance(order, Close)
+            self._obey(order)
+        return goes_on
+
+    def _obey(self, order: Order) -> None:
+        match order:
+            case Submit(answer, sink):
+                self._begin(answer, sink)
+            case Cancel(ident):
+                if ident in self._open:
+                    self._end(self._open[ident][0].sequence)
+            case Late(idents):
+                for ident in idents:
+                    if ident in self._open:  # else cancelled in this turn
+                        why = RequestError("the request's deadline has passed before its answer was complete")
+                        self._fail(self._open[ident][0].sequence, why)
+            case Call():
+                self._run_between_steps(order)
+
+    def _run_between_steps(self, call: Call) -> None:
+        while self._flights:
+            self._land(self._flights.popleft())
+        try:
+            if self._over is not None:
+                raise self._over
+            function = call.function if call.name is None else partial(self.named[call.name], **call.arguments)
+            call.done.put((True, None if function is None else function()))
+        except BaseException as error:
+            if not self._orders.decides:
+                raise  # nobody asked here, and this rank is no longer like the others
+            call.done.put((False, error))
 
     def _turn(self) -> None:
-        now = time.monotonic()
-        for sequence in self.scheduler.late(now):
-            self._fail(sequence, RequestError("the request's deadline has passed before its answer was complete"))
+        self.turns += 1
         step = self.scheduler.plan()
         if step is not None:
             self._flights.append(Flight(step, self._launch(step)))
         if self._flights and (step is None or len(self._flights) >= self._depth):
             self._land(self._flights.popleft())
-        elif step is None and self.scheduler.waiting:
+        elif step is None and self.scheduler.waiting and self._orders.decides:
             time.sleep(0.002)  # pages are lent out; whoever has them gives them back through an order
 
     def _launch(self, step: Step) -> StepResult:
@@ -199,6 +232,7 @@ class Engine:
 
     def _land(self, flight: Flight) -> None:
         token_ids, peaks = flight.result.wait()
+        self._digest = zlib.crc32(array("i", token_ids), self._digest)
         for row, rows in enumerate(flight.step.rows):
             sequence = rows.sequence
             if not rows.samples:
@@ -245,26 +279,5 @@ class Engine:
         self._flights.clear()
         for answer, _ in list(self._open.values()):
             self._fail(answer.sequence, error)
-        with suppress(queue.Empty):
-            while True:
-                if (order := self._orders.get_nowait()) is not None:
-                    order()
-
-
-class Lease(NamedTuple):
-    """A slot outside the scheduler's hands. `room` is for functions that run in `call`."""
-
-    engine: Engine
-    slot: int
-    memory: Memory
-
-    def room(self, first_row: int, length: int) -> None:
-        """Pages for the rows from `first_row` on, up to `length` tokens."""
-        if not self.engine.scheduler.memory.grow(self.memory, first_row, length):
-            raise EngineError(f"{length:,} tokens need more pages than are free; try again when fewer requests run")
-        self.engine.stepper.cache.set_pages(
-            [(change.group, self.slot, change.index, change.page) for change in self.memory.take_changes()]
-        )
-
-    def give_back(self) -> None:
-        self.engine.call(lambda: self.engine.scheduler.give_back(self.slot, self.memory))
+        for order in self._orders.rest():
+            self._obey(order)

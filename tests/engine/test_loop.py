@@ -13,6 +13,7 @@ import torch
 from model_checks import runner_of, tiny_model
 
 from moe_nvfp4 import AsyncMoERunner
+from moe_nvfp4.engine.orders import Call, Close
 from moe_nvfp4.engine.scheduler import check
 from moe_nvfp4.errors import EngineError, QueueFullError, RequestError
 from moe_nvfp4.runner import MoERunner
@@ -248,8 +249,8 @@ def test_a_request_that_comes_while_the_engine_ends_gets_an_error(one_folder: Pa
     (answer,) = runner.answers(runner.prompts.encode([1, 2], TEN))
     arrived: list[Any] = []
     blocked = threading.Event()
-    runner.engine._orders.put(lambda: blocked.wait(timeout=30) and None)
-    runner.engine._orders.put(None)
+    runner.engine._orders.put(Call(None, function=lambda: blocked.wait(timeout=30)))
+    runner.engine._orders.put(Close())
     runner.engine.submit(answer, arrived.append)
     blocked.set()
     runner.close()
