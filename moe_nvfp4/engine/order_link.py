@@ -55,8 +55,11 @@ class Lines:
 
     def send(self, message: bytes) -> None:
         framed = _LENGTH.pack(len(message)) + message
-        for line in self._lines:
-            line.sendall(framed)
+        for rank, line in enumerate(self._lines, start=1):
+            try:
+                line.sendall(framed)
+            except OSError as error:
+                raise ConnectionError(f"rank {rank} has gone, or takes no orders: {error}") from None
 
     def close(self) -> None:
         for line in (self._server, *self._lines):

@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Protocol
 
 from moe_nvfp4.engine.order_link import Line, Lines
@@ -31,6 +31,7 @@ def nobody(_: Increment | Exception) -> None:
 class Submit:
     answer: Answer
     sink: Sink = nobody
+    encoded: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,11 @@ class LeaderOrders(LocalOrders):
         super().__init__()
         self._lines = lines
 
+    def put(self, order: Order) -> None:
+        if isinstance(order, Submit):  # a long prompt is encoded in the client's thread, not between two steps
+            order = replace(order, encoded=encode(order))
+        super().put(order)
+
     def take(self, wait: bool) -> list[Order]:
         first: list[Order] = []
         if wait:
@@ -179,6 +185,8 @@ class FollowerOrders:
 def encode(order: Order) -> bytes:
     data: dict[str, Any]
     match order:
+        case Submit(encoded=bytes(encoded)):
+            return encoded
         case Submit(answer):
             tokens, length = answer.sequence.tokens, answer.sequence.prompt_length
             data = {"ident": answer.sequence.ident, "prompt": tokens[:length], "answered": tokens[length:]}
