@@ -10,7 +10,7 @@ WINDOW = 4
 
 
 class Decoder(Protocol):
-    def decode(self, ids: list[int], /) -> str: ...
+    def decode(self, ids: list[int], skip_special_tokens: bool = True, /) -> str: ...
 
 
 class IncrementalDetokenizer:
@@ -22,9 +22,9 @@ class IncrementalDetokenizer:
     (SentencePiece), invalid UTF-8 may show fewer replacement characters than `decode` gives.
     """
 
-    def __init__(self, tokenizer: Decoder, stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer: Decoder, stop: tuple[str, ...] = (), *, skip_special_tokens: bool = True) -> None:
         self.stopped: str | None = None
-        self._tokenizer = tokenizer
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._search = _StopSearch(stop)
         self._window: list[int] = []  # the last tokens: some already shown as context, then the new ones
         self._shown = ""  # the part of decode(window) that was passed on
@@ -46,14 +46,17 @@ class IncrementalDetokenizer:
         self._window, self._text, self._shown = [], "", ""
         return self._cut(rest, last=True)
 
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, self._skip)
+
     def _cut(self, text: str, last: bool) -> str:
         text, self.stopped = self._search.push(text, last)
         return text
 
     def _settle(self, token_id: int) -> str:
         window = [*self._window, token_id]
-        text = self._tokenizer.decode(window)
-        if text == self._text and (text or len(window) > WINDOW) and not self._tokenizer.decode([token_id]):
+        text = self._decode(window)
+        if text == self._text and (text or len(window) > WINDOW) and not self._decode([token_id]):
             return ""  # a token without text, such as a skipped special one: not part of any character
         self._window = window
         self._unfinished += 1
@@ -71,10 +74,10 @@ class IncrementalDetokenizer:
             new = settled[len(self._shown) :]
         else:  # a byte-fallback decoder took back valid text because of an invalid byte after it
             tail = text[len(settled) :]
-            new = self._tokenizer.decode(self._window[-self._unfinished :]).removesuffix(tail)
+            new = self._decode(self._window[-self._unfinished :]).removesuffix(tail)
         # Nothing shown yet: some decoders strip the first space, so the very first tokens stay as context.
         self._window = self._window[-(min(keep, WINDOW) if text else WINDOW) :]
-        self._text = self._tokenizer.decode(self._window)
+        self._text = self._decode(self._window)
         self._shown = self._text
         self._unfinished = 0
         if len(settled) < len(text):

@@ -90,7 +90,11 @@ class Frontend:
                 priority=params.priority,
             ),
             sampler=Sampler(params, choice),
-            detokenizer=IncrementalDetokenizer(self.tokenizer, params.stop) if self.tokenizer else None,
+            detokenizer=IncrementalDetokenizer(
+                self.tokenizer, params.stop, skip_special_tokens=params.skip_special_tokens
+            )
+            if self.tokenizer
+            else None,
             started=time.perf_counter(),
         )
         answer.resume(answered)

@@ -103,6 +103,7 @@ class SamplingParams:
     logit_bias: token id -> from -100 to 100, added to its logit.
     priority: smaller is served sooner; requests of one priority in the order they came.
     timeout: seconds after which an unfinished answer fails; None waits for ever.
+    skip_special_tokens: leave special tokens, such as marks of tool calls in some models, out of the text.
     """
 
     max_new_tokens: int = 128
@@ -122,6 +123,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # a mapping is taken too
     priority: int = 0
     timeout: float | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -136,6 +138,7 @@ class SamplingParams:
             "stop": _stop_strings(self.stop),
             "stop_token_ids": _token_ids(self.stop_token_ids),
             "ignore_eos": _flag("ignore_eos", self.ignore_eos),
+            "skip_special_tokens": _flag("skip_special_tokens", self.skip_special_tokens),
             "n": _integer("n", self.n, 1, MAX_CHOICES, f"an integer from 1 to {MAX_CHOICES}"),
         }
         if self.seed is not None:

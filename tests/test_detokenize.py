@@ -22,7 +22,7 @@ class Bytes:
     def __init__(self, tokens: Sequence[bytes]) -> None:
         self.tokens = tokens
 
-    def decode(self, ids: list[int], /) -> str:
+    def decode(self, ids: list[int], skip_special_tokens: bool = True, /) -> str:
         return _lossy(b"".join(self.tokens[token_id] for token_id in ids))
 
 
@@ -36,7 +36,7 @@ class ByteFallback:
     def __init__(self, tokens: Sequence[str | int]) -> None:
         self.tokens = tokens
 
-    def decode(self, ids: list[int], /) -> str:
+    def decode(self, ids: list[int], skip_special_tokens: bool = True, /) -> str:
         text, run = "", b""
         for token_id in [*ids, None]:
             token = "" if token_id is None else self.tokens[token_id]
@@ -207,7 +207,7 @@ def test_work_per_token_is_bounded(token: bytes) -> None:
     longest = 0
 
     class Counting(Bytes):
-        def decode(self, ids: list[int], /) -> str:
+        def decode(self, ids: list[int], skip_special_tokens: bool = True, /) -> str:
             nonlocal longest
             longest = max(longest, len(ids))
             return super().decode(ids)
@@ -225,3 +225,10 @@ def test_long_stop_strings_cost_nothing_extra() -> None:
     assert "".join(run(words, stop)[0]) == ""
     # 320,000 automaton steps take some 0.1 s; comparing every suffix would take minutes.
     assert time.perf_counter() - start < 10
+
+
+def test_special_tokens_can_be_kept() -> None:
+    ids = [*DEMO.encode("a"), SPECIAL, *DEMO.encode("b é")]
+    for skip, expected in ((True, "ab é"), (False, "a<|im_start|>b é")):
+        detokenizer = IncrementalDetokenizer(DEMO, skip_special_tokens=skip)
+        assert "".join([*map(detokenizer.push, ids), detokenizer.finish()]) == expected

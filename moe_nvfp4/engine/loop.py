@@ -23,7 +23,7 @@ from moe_nvfp4.batch import Piece
 from moe_nvfp4.engine.orders import Call, Cancel, Close, Late, LocalOrders, Order, Orders, Sink, Submit
 from moe_nvfp4.engine.scheduler import Scheduler, Sequence, Step
 from moe_nvfp4.engine.stepper import DecodeRow, Stepper, StepResult
-from moe_nvfp4.errors import EngineError, QueueFullError, RequestError
+from moe_nvfp4.errors import DeadlineError, EngineError, QueueFullError, RequestError
 from moe_nvfp4.generation import Answer
 
 Result = TypeVar("Result")
@@ -172,7 +172,7 @@ class Engine:
             case Late(idents):
                 for ident in idents:
                     if ident in self._open:  # else cancelled in this turn
-                        why = RequestError("the request's deadline has passed before its answer was complete")
+                        why = DeadlineError("the request's deadline has passed before its answer was complete")
                         self._fail(self._open[ident][0].sequence, why)
             case Call():
                 self._run_between_steps(order)
