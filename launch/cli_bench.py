@@ -1,7 +1,8 @@
-"""`moe-nvfp4 bench load | kernels | decode | prefill | schedule`: arguments, and figures as a table and as JSON."""
+"""`moe-nvfp4 bench KIND`: arguments, and figures as a table and as JSON."""
 
 import argparse
 import json
+import math
 import platform
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,27 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     serve.add_argument("--max-batch-size", type=int, default=256, metavar="N", help="default: %(default)s")
     serve.add_argument("--no-prefix-reuse", action="store_true")
     serve.set_defaults(run=_serve_offline)
+    _add_serve(kinds.add_parser("serve", help="requests at given rates to a server with OpenAI's API"))
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="default: %(default)s")
+    parser.add_argument("--model", metavar="ID", help="default: the first that the server names")
+    parser.add_argument("--rates", default="1,2,4,8", metavar="R,...", help="requests a second; default: %(default)s")
+    parser.add_argument("--requests", type=int, default=200, metavar="N", help="at each rate; default: %(default)s")
+    parser.add_argument("--lengths", choices=("sharegpt", "log-uniform"), default="sharegpt")
+    parser.add_argument("--prompt", default="128,4096", metavar="N,N", help="of log-uniform; default: %(default)s")
+    parser.add_argument("--answer", default="16,512", metavar="N,N", help="of log-uniform; default: %(default)s")
+    parser.add_argument("--vocab", type=int, metavar="N", help="prompts are token ids below N, not text")
+    parser.add_argument("--chat", action="store_true", help="through /v1/chat/completions")
+    parser.add_argument("--no-ignore-eos", action="store_true", help="for servers that do not know ignore_eos")
+    parser.add_argument("--limit", type=float, default=1.0, metavar="S", help="on time to first token; default: 1 s")
+    parser.add_argument("--find-rate", action="store_true", help="search the largest rate with p99 within the limit")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="of a request; default: 600 s")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="also draw them")
+    parser.set_defaults(run=_serve)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -136,12 +158,10 @@ def _serve_offline(arguments: argparse.Namespace) -> int:
     from moe_nvfp4.launch.bench_serve_offline import Trace, bench_serve_offline
     from moe_nvfp4.runner import MoERunner
 
-    prompt, answer = _numbers("--prompt", arguments.prompt), _numbers("--answer", arguments.answer)
-    if len(prompt) != 2 or len(answer) != 2 or arguments.shared < 0:
-        raise RequestError(
-            "--prompt and --answer take two lengths each, the shortest and the longest; --shared, tokens"
-        )
-    trace = Trace(arguments.requests, (prompt[0], prompt[1]), (answer[0], answer[1]), arguments.shared)
+    prompt, answer = _pair("--prompt", arguments.prompt), _pair("--answer", arguments.answer)
+    if arguments.shared < 0:
+        raise RequestError(f"--shared: got {arguments.shared}; expected tokens, from 0")
+    trace = Trace(arguments.requests, prompt, answer, arguments.shared)
     trace.check()
     prepared = MoERunner.prepare(
         arguments.model,
@@ -155,6 +175,48 @@ def _serve_offline(arguments: argparse.Namespace) -> int:
         figures = bench_serve_offline(runner, trace, print)
         _write(arguments.json, _where(arguments.model) | {"serve_offline": figures})
     return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    import asyncio
+    import os
+
+    try:
+        from moe_nvfp4.launch.bench_serve import Target, bench_serve
+    except ModuleNotFoundError as error:
+        raise RequestError(f"bench serve needs {error.name}: pip install moe-nvfp4[serve]") from None
+    from moe_nvfp4.launch.plot_serve import plot
+    from moe_nvfp4.launch.serve_load import Load
+
+    if arguments.chat and arguments.vocab is not None:
+        raise RequestError("--vocab: chat messages are text; expected one of --chat and --vocab")
+    load = Load(
+        arguments.requests,
+        arguments.lengths,
+        prompt=_pair("--prompt", arguments.prompt),
+        answer=_pair("--answer", arguments.answer),
+        vocab=arguments.vocab,
+        ignore_eos=not arguments.no_ignore_eos,
+        seed=arguments.seed,
+    )
+    key = os.environ.get("OPENAI_API_KEY")
+    target = Target(arguments.url, arguments.model, key, arguments.chat, arguments.timeout)
+    rates = _rates(arguments.rates)
+    figures = asyncio.run(bench_serve(target, load, rates, arguments.limit, arguments.find_rate, print))
+    _write(arguments.json, figures)
+    if arguments.plot is not None:
+        arguments.plot.write_text(plot(figures))
+    return 0
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        rates = [float(rate) for rate in text.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or not all(0 < rate < math.inf for rate in rates):
+        raise RequestError(f"--rates: got {text!r:.80}; expected requests a second, like 0.5,1,2")
+    return rates
 
 
 def _schedule(arguments: argparse.Namespace) -> int:
@@ -193,6 +255,13 @@ def _numbers(option: str, text: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise RequestError(f"{option}: got {text!r:.80}; expected numbers from 1, like 1,8,64")
     return numbers
+
+
+def _pair(option: str, text: str) -> tuple[int, int]:
+    numbers = _numbers(option, text)
+    if len(numbers) != 2:
+        raise RequestError(f"{option}: got {text!r:.80}; expected two lengths, the shortest and the longest")
+    return numbers[0], numbers[1]
 
 
 def _write(path: Path | None, figures: dict[str, Any]) -> None:

@@ -26,15 +26,15 @@ def _panel(figures: dict[str, Any], left: float) -> str:
         across = math.log(max(milliseconds, FIRST) / FIRST) / math.log(last / FIRST)
         return left + MARGIN + across * (WIDTH - MARGIN - 10), HEIGHT - 40 - share * (HEIGHT - 80)
 
-    parts = [_text(left + MARGIN, 18, f"{figures['trace']}, {figures['requests']:,} requests, simulated")]
+    parts = [text(left + MARGIN, 18, f"{figures['trace']}, {figures['requests']:,} requests, simulated")]
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         (x, y), (end, _) = place(FIRST, share), place(last, share)
         parts.append(f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{end:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(_text(x - 6, y + 4, f"{share:.0%}", "end"))
+        parts.append(text(x - 6, y + 4, f"{share:.0%}", "end"))
     tick = FIRST
     while tick <= last:
         x, y = place(tick, 0.0)
-        parts.append(_text(x, y + 16, f"{tick:g} ms" if tick < 1e3 else f"{tick / 1e3:g} s", "middle"))
+        parts.append(text(x, y + 16, f"{tick:g} ms" if tick < 1e3 else f"{tick / 1e3:g} s", "middle"))
         tick *= 10
     for row, (name, kind, colour) in enumerate(CURVES):
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(ms, share) for share, ms in figures[kind]["curve"]))
@@ -42,9 +42,9 @@ def _panel(figures: dict[str, Any], left: float) -> str:
         y = HEIGHT - 12
         x = left + MARGIN + row * 150
         parts.append(f'<rect x="{x}" y="{y - 5}" width="14" height="3" fill="{colour}"/>')
-        parts.append(_text(x + 20, y, name))
+        parts.append(text(x + 20, y, name))
     return "".join(parts)
 
 
-def _text(x: float, y: float, content: str, anchor: str = "start") -> str:
+def text(x: float, y: float, content: str, anchor: str = "start") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{content}</text>'
