@@ -137,7 +137,7 @@ def _choose(shares_STL: Tensor, rule: _Rule) -> Routes:
     return routes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # one kernel for any number of rows
 def logits_few(
     x_ptr, w_ptr, out_ptr, T, num_experts, H: tl.constexpr, BH: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
@@ -153,7 +153,7 @@ def logits_few(
         tl.store(out_ptr + t * num_experts + expert, tl.sum(x.to(tl.float32) * w.to(tl.float32)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # one kernel for any number of rows
 def logits_tile(
     x_ptr, w_ptr, out_ptr, T, num_experts, H: tl.constexpr, STEPS: tl.constexpr, S: tl.constexpr,
     BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, BF16: tl.constexpr, PDL: tl.constexpr,
@@ -194,7 +194,7 @@ def logits_tile(
     tl.store(out_ptr + out_at, acc, mask=live_t & live_e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # one kernel for any number of rows
 def choose_rows(
     shares_ptr, bias_ptr, ids_ptr, weights_ptr, T, scale,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S: tl.constexpr,
