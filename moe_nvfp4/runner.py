@@ -80,6 +80,7 @@ class MoERunner(Frontend):
         prefix_reuse: bool = True,
         max_waiting: int = 4096,
         verbose: bool = True,
+        **of_a_group: Any,
     ) -> Preparation:
         """All checks and the memory plan, without loading; `MoERunner(prepared)` loads.
 
@@ -88,7 +89,7 @@ class MoERunner(Frontend):
         fp8 keeps keys and values as E4M3. Without `cuda_graphs` a GPU takes the same steps launch by launch.
         `buckets`: batch sizes that get a graph, the largest of them max_batch_size; default: some sizes up to it.
         Beyond max_batch_size requests at once, `max_waiting` may wait. `prefix_reuse`: what a prompt has in common
-        with one before it is not computed again.
+        with one before it is not computed again. `of_a_group`: for one rank of several, see `Preparation`.
         """
         return Preparation(
             path_or_hub_id,
@@ -102,6 +103,7 @@ class MoERunner(Frontend):
             prefix_reuse=prefix_reuse,
             max_waiting=max_waiting,
             verbose=verbose,
+            **of_a_group,
         )
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
