@@ -4,7 +4,7 @@ bfloat16 on a GPU goes to the kernels of dense.py. Everything else is decoded in
 CPUs, and of float32 and float16 anywhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,12 +23,21 @@ class Stacked(NamedTuple):
     parts: tuple[DenseWeight, ...]
 
 
+class Summed(NamedTuple):
+    """Some columns of a weight; other ranks have the others, and `sum_over_ranks` adds up what they give."""
+
+    weight: DenseWeight
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]
+
+
 # Rows of a weight dequantised at a time: bounds the scratch to about 64 MB for K = 4096 in float32.
 _ROWS = 4096
 
 
-def linear(x_TK: torch.Tensor, weight: DenseWeight | Stacked) -> torch.Tensor:
+def linear(x_TK: torch.Tensor, weight: DenseWeight | Stacked | Summed) -> torch.Tensor:
     """Weight-only: activations keep their dtype, quantised weights are decoded to it."""
+    if isinstance(weight, Summed):
+        return weight.sum_over_ranks(linear(x_TK, weight.weight))
     if isinstance(weight, Stacked):
         return torch.cat([linear(x_TK, part) for part in weight.parts], dim=-1)
     fast = x_TK.is_cuda and x_TK.dtype == torch.bfloat16

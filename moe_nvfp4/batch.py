@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from moe_nvfp4.kernels.rows import Rows, upload
+from moe_nvfp4.routing.dispatch import StepRows
 
 
 class Piece(NamedTuple):
@@ -22,9 +23,10 @@ class Batch:
     token_ids: torch.Tensor  # int32 [T]
     rows: Rows
     last_rows: torch.Tensor  # int32 [B]: the row of each piece that predicts its next token, in the pieces' order
+    step: StepRows | None = None  # where ranks work together
 
     @classmethod
-    def of(cls, pieces: Sequence[Piece], device: torch.device) -> "Batch":
+    def of(cls, pieces: Sequence[Piece], device: torch.device, step: StepRows | None = None) -> "Batch":
         """Rows are ordered as the kernels want them: sequences of one row first."""
         order = sorted(range(len(pieces)), key=lambda index: len(pieces[index].token_ids) != 1)
         ends, end = [0] * len(pieces), 0
@@ -34,4 +36,4 @@ class Batch:
         ids = [token for index in order for token in pieces[index].token_ids]
         token_ids, last_rows = upload([ids, ends], device)
         rows = Rows.of([(pieces[i].slot, pieces[i].start, len(pieces[i].token_ids)) for i in order], device)
-        return cls(token_ids, rows, last_rows)
+        return cls(token_ids, rows, last_rows, step)

@@ -22,6 +22,7 @@ from moe_nvfp4.kernels.routed_experts import ExpertWeight
 from moe_nvfp4.layouts.base import ExpertBlock, Layout
 from moe_nvfp4.progress import Progress
 from moe_nvfp4.routing.placement import Placement
+from moe_nvfp4.routing.tables import PlacementTables
 from moe_nvfp4.safetensors_file import TensorInfo
 from moe_nvfp4.scales import E4M3_NAN, as_multiplier, block_scale_stats, check_block_scales, global_multiplier
 from moe_nvfp4.streaming import DEFAULT_READERS, Transfer, stream
@@ -59,8 +60,26 @@ class LayerExperts:
 class ExpertBuffers:
     """All routed experts of one rank. Build with `load` or `from_experts`."""
 
-    def __init__(self, layers: Mapping[int, LayerExperts], placement: Placement, rank: int):
-        self.layers, self.placement, self.rank = layers, placement, rank
+    def __init__(
+        self, layers: Mapping[int, LayerExperts], placement: Placement, rank: int, *, count_rows: bool = False
+    ):
+        """`count_rows`: `tables` keep the number of rows that each expert takes."""
+        self.layers, self.rank = layers, rank
+        device = next((layer.up.global_scale.device for layer in layers.values()), torch.device("cpu"))
+        self.tables = PlacementTables(placement, rank, device, count=count_rows)
+        self.down_scales: dict[int, torch.Tensor] = {}
+
+    @property
+    def placement(self) -> Placement:
+        """As it is now; it may be replaced between steps."""
+        return self.tables.placement
+
+    def scale_down(self, layer: int, scale_E: torch.Tensor) -> None:
+        """Multiplies what each logical expert of a layer gives. It goes into the global scale of the last projection,
+        where it costs nothing, also of experts that come into the buffers later."""
+        self.down_scales[layer] = scale_E = scale_E.float()
+        here = torch.tensor(self.placement.local(layer, self.rank), device=scale_E.device)
+        self.layers[layer].down.global_scale.mul_(scale_E[here])
 
     @property
     def nbytes(self) -> int:
@@ -76,6 +95,7 @@ class ExpertBuffers:
         placement: Placement | None = None,
         rank: int = 0,
         fragments: bool = False,
+        count_rows: bool = False,
         readers: int = DEFAULT_READERS,
         progress: bool | None = None,
     ) -> "ExpertBuffers":
@@ -108,7 +128,7 @@ class ExpertBuffers:
             stream(checkpoint.files, transfers, readers=readers, progress=bar)
         if fragments:
             layers = {index: layer.in_fragments() for index, layer in layers.items()}
-        return cls(layers, placement, rank)
+        return cls(layers, placement, rank, count_rows=count_rows)
 
     @classmethod
     def from_experts(

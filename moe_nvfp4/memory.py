@@ -1,7 +1,7 @@
 """Memory planned in closed form from the config and the tensors present, before anything is allocated."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from moe_nvfp4.dense_weights import dense_bytes
 from moe_nvfp4.errors import MemoryPlanError
 from moe_nvfp4.expert_buffers import expert_bytes
 from moe_nvfp4.routing.placement import Placement
+from moe_nvfp4.sharding import Cut, sharded_sources
 from moe_nvfp4.survey import Survey
 
 RESERVE = 0.03  # of what is free: fragmentation, and what the driver and the libraries take
@@ -29,6 +30,7 @@ class MemoryPlan:
     snapshots: int  # of recurrent states, for the reuse of prefixes
     full_sequences: int  # of max_seq_len tokens, for which there are pages; 0: not even for one
     pages: Sequence[int]  # of each group of attention layers
+    whole_dense: int  # while they are loaded, before a rank lets go of what others keep
 
     @property
     def total(self) -> int:
@@ -48,8 +50,12 @@ class MemoryPlan:
 
     def require_fit(self) -> None:
         budget = int(self.available * (1 - RESERVE))
-        if self.total <= budget and self.full_sequences:
-            return
+        if self.total <= budget and self.experts + self.whole_dense <= budget:
+            if self.full_sequences:
+                return
+            raise MemoryPlanError(
+                f"another rank has no room for one sequence of {self.max_seq_len:,} tokens; its own message says more"
+            )
         fixed = self.experts + self.dense + self.workspace
         raise MemoryPlanError(
             f"{self.device}: {_size(budget)} can be used, and there is no room for one sequence of "
@@ -68,16 +74,23 @@ def plan_memory(
     settings: CacheSettings,
     snapshots: int,
     workspace: int,
+    cuts: Mapping[str, Cut] | None = None,
+    agree: Callable[[int], int] | None = None,
 ) -> MemoryPlan:
-    """Pages for every slot at full length, or for as many as there is room for."""
+    """Pages for every slot at full length, or for as many as there is room for. `cuts`: of dense weights the rank keeps
+    only so much, after they have been loaded whole. `agree`: from the number of sequences that this rank has room for
+    to the one that all ranks plan with."""
     experts = sum(expert_bytes(b) * len(placement.local(b.layer, rank)) for b in found.layout.experts)
-    dense = sum(dense_bytes(source, settings.dtype) for source in found.dense.values())
+    dense = sum(dense_bytes(source, settings.dtype) for source in sharded_sources(found.dense, cuts or {}))
+    whole = sum(dense_bytes(source, settings.dtype) for source in found.dense.values())
     available = available_bytes(device)
     each = [spec.pages(settings) for spec in cache.attention]
     spare = cache.page_bytes(settings, [1] * len(each))
     fixed = spare + (settings.slots + 1 + snapshots) * cache.state_bytes(settings)
     room = int(available * (1 - RESERVE)) - experts - dense - workspace - fixed
     sequences = max(0, min(settings.slots, room // max(1, cache.page_bytes(settings, each))))
+    if agree is not None:
+        sequences = agree(sequences)
     pages = [count * max(1, sequences) for count in each]
     return MemoryPlan(
         device=str(device),
@@ -91,6 +104,7 @@ def plan_memory(
         snapshots=snapshots,
         full_sequences=sequences,
         pages=pages,
+        whole_dense=whole,
     )
 
 

@@ -17,12 +17,14 @@ from moe_nvfp4.engine.stepper import buckets_up_to
 from moe_nvfp4.errors import CheckpointError, RequestError
 from moe_nvfp4.expert_buffers import ExpertBuffers, num_experts
 from moe_nvfp4.kernels.fragments import fits_in_place
+from moe_nvfp4.kernels.linear import in_fragments
 from moe_nvfp4.layouts import Config
 from moe_nvfp4.memory import MemoryPlan, plan_memory
 from moe_nvfp4.models import Model, ModelConfig, Parts, build_model, model_config
+from moe_nvfp4.parallel import ALONE, Ranks
 from moe_nvfp4.prompts import PromptEncoder
-from moe_nvfp4.routing.dispatch import LocalDispatcher
 from moe_nvfp4.routing.placement import Placement
+from moe_nvfp4.sharding import Cut, cuts, shard
 from moe_nvfp4.survey import Survey, survey_checkpoint
 from moe_nvfp4.tokenizer import Tokenizer
 
@@ -37,7 +39,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Preparation:
-    """A checkpoint that can be loaded on a device as planned. `load_model` then takes the memory."""
+    """A checkpoint that can be loaded on a device as planned. `load_model` then takes the memory.
+
+    With `ranks` it is one rank's part of a group, in which all ranks prepare, load and step together. `placement` says
+    which rank has which experts of each layer (default: even, a shared expert on all of them), or `spare_experts` gives
+    every rank so many replicas more, whose slots `ExpertMoves` may use otherwise. `count_experts`: count the rows of
+    each expert. In a group `max_batch_size` counts the sequences of all ranks.
+    """
 
     def __init__(
         self,
@@ -53,9 +61,14 @@ class Preparation:
         prefix_reuse: bool = True,
         max_waiting: int = 4096,
         verbose: bool = True,
+        ranks: Ranks | None = None,
+        placement: Placement | None = None,
+        spare_experts: int = 0,
+        count_experts: bool = False,
     ):
         self.started = time.perf_counter()
         self.prefix_reuse, self.max_waiting = prefix_reuse, max_waiting
+        self.ranks, self._count_experts = ranks or ALONE, count_experts
         if type(max_waiting) is not int or max_waiting < 0:
             raise RequestError(f"max_waiting: got {max_waiting!r}; expected a number of requests from 0")
         self.device, self.verbose = _device(device), verbose
@@ -66,27 +79,34 @@ class Preparation:
         try:
             self.config = config = model_config(checkpoint.config)
             limit = _limits(max_batch_size, max_seq_len, config.context_length)
-            self.buckets = _buckets(buckets, max_batch_size)
+            slots = self.ranks.sequences(max_batch_size)
+            self.buckets = _buckets(buckets, slots)
             found = survey_checkpoint(checkpoint)
             found.require_complete(str(checkpoint.folder))
             self.found = found.with_shared_experts(config.shared_experts())
+            self._cuts: dict[str, Cut] = {}
+            if self.ranks.splits_heads:
+                self.config = config.sharded(self.ranks.size)
+                self._cuts = cuts(self.found.dense, config.cache_spec, self.ranks.size, self.ranks.rank)
             self.fast = self._has_kernels()
             self.cuda_graphs = cuda_graphs and self.fast
             self.step_rows = FAST_STEP_ROWS if self.fast else STEP_ROWS
+            if self.ranks.splits_rows:  # experts see the rows of all ranks
+                self.step_rows = max(STEP_ROWS, self.step_rows // self.ranks.size)
             tokenizer = Tokenizer.load(checkpoint.folder)
             media = _media_tokens(checkpoint.config)
-            self.prompts = PromptEncoder(tokenizer, config.vocab_size, limit, config.context_length, media)
             self.eos_token_ids = _eos_token_ids(checkpoint, tokenizer)
-            self._placement = Placement.even(self.found.experts, num_experts(self.found.layout))
+            self.prompts = PromptEncoder(tokenizer, config.vocab_size, limit, config.context_length, media)
+            self.placement = self._place(placement, spare_experts, config)
             self.cache_settings = CacheSettings(
-                slots=max_batch_size,
+                slots=slots,
                 max_seq_len=limit,
                 chunk=self._chunk(),
                 dtype=self.dtype,
                 fp8=kv_dtype == "fp8",
                 scales=_kv_scales(checkpoint, found) if kv_dtype == "fp8" else {},
             )
-            self.plan = self._plan(config)
+            self.plan = self._plan(self.config)
         except BaseException:
             checkpoint.close()
             raise
@@ -102,19 +122,42 @@ class Preparation:
         windows = [spec.window for spec in self.config.cache_spec.attention if spec.window]
         return min(self.step_rows, max(512, *windows)) if windows else self.step_rows
 
+    def _place(self, placement: Placement | None, spare: int, config: ModelConfig) -> Placement:
+        layers, count, size = sorted(self.found.experts), num_experts(self.found.layout), self.ranks.size
+        if type(spare) is not int or spare < 0:
+            raise RequestError(f"spare_experts: got {spare!r}; expected a number of experts from 0")
+        if placement is None:
+            everywhere = range(config.num_experts, count)  # a shared expert, which every row takes
+            return self.ranks.placement(layers, count, everywhere=everywhere, spare=spare)
+        if (
+            placement.num_experts != count
+            or sorted(placement.slots) != layers
+            or (layers and placement.num_ranks != size)
+        ):
+            raise RequestError(
+                f"placement: {placement.num_experts} experts in {len(placement.slots)} layers over "
+                f"{placement.num_ranks} ranks; this checkpoint and group need {count} experts (shared ones that are "
+                f"loaded as routed experts included) in {len(layers)} layers over {size} ranks"
+            )
+        return placement.with_replicas(spare)
+
     def _plan(self, config: ModelConfig) -> MemoryPlan:
         rows, slots = max(self.step_rows, self.cache_settings.slots), self.cache_settings.slots
+        if self.ranks.splits_rows:
+            rows *= self.ranks.size
         logits = 3 * slots * config.vocab_size * 4  # as the model gives them, in float32, and while sampling
         penalties = (slots + 1) * config.vocab_size * BYTES_PER_TOKEN
         plan = plan_memory(
             self.found,
-            self._placement,
-            0,
+            self.placement,
+            self.ranks.rank,
             device=self.device,
             cache=config.cache_spec,
             settings=self.cache_settings,
             snapshots=min(slots, MAX_SNAPSHOTS) if self.prefix_reuse and config.cache_spec.delta else 0,
             workspace=config.workspace_bytes(rows, self.dtype.itemsize) + logits + penalties,
+            cuts=self._cuts,
+            agree=self.ranks.least,  # all ranks plan the same steps
         )
         if self.verbose:
             print(f"memory plan of {self._checkpoint.folder.name}, {self.dtype}:\n{plan.table()}", file=sys.stderr)
@@ -130,8 +173,10 @@ class Preparation:
                 checkpoint,
                 self.found,
                 device=self.device,
-                placement=self._placement,
+                placement=self.placement,
+                rank=self.ranks.rank,
                 fragments=self.fast,
+                count_rows=self._count_experts,
                 progress=progress,
             )
             weights = load_dense(
@@ -140,12 +185,22 @@ class Preparation:
                 device=self.device,
                 dtype=self.dtype,
                 scales=scales,
-                fragments=self.fast,
+                fragments=self.fast and not self._cuts,
                 progress=progress,
             )
-            dispatcher = LocalDispatcher(self._placement, self.device)
-            parts = Parts(weights=weights, experts=experts, dispatcher=dispatcher, dtype=self.dtype, fast=self.fast)
-            return build_model(checkpoint.config, parts), experts
+            if self._cuts:
+                shard(weights, self._cuts)
+                weights = {name: in_fragments(weight) if self.fast else weight for name, weight in weights.items()}
+            collectives = self.ranks.collectives if self.ranks.splits_heads else None
+            parts = Parts(
+                weights=weights,
+                experts=experts,
+                dispatcher=self.ranks.dispatcher(experts.tables),
+                dtype=self.dtype,
+                fast=self.fast,
+                sum_over_ranks=None if collectives is None else collectives.all_reduce,
+            )
+            return build_model(checkpoint.config, self.config, parts), experts
 
     def close(self) -> None:
         self._checkpoint.close()

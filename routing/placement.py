@@ -32,13 +32,29 @@ class Placement:
                     raise ValueError(f"Placement: layer {layer}, rank {rank} holds an expert twice")
 
     @classmethod
-    def even(cls, layers: Iterable[int], num_experts: int, num_ranks: int = 1) -> "Placement":
-        """Consecutive experts on each rank, sizes differing by one at most."""
+    def even(
+        cls, layers: Iterable[int], num_experts: int, num_ranks: int = 1, *, everywhere: Iterable[int] = ()
+    ) -> "Placement":
+        """Consecutive experts on each rank, sizes differing by one at most; those of `everywhere` on all ranks."""
         if not 1 <= num_ranks <= max(num_experts, 1):
             raise ValueError(f"Placement: {num_ranks} ranks for {num_experts} experts; expected 1 to {num_experts}")
-        bounds = [num_experts * rank // num_ranks for rank in range(num_ranks + 1)]
-        slots = tuple(tuple(range(a, b)) for a, b in pairwise(bounds))
+        common = tuple(sorted(set(everywhere)))
+        apart = [expert for expert in range(num_experts) if expert not in common]
+        bounds = [len(apart) * rank // num_ranks for rank in range(num_ranks + 1)]
+        slots = tuple((*apart[a:b], *common) for a, b in pairwise(bounds))
         return cls(num_experts, dict.fromkeys(layers, slots))
+
+    def with_replicas(self, count: int) -> "Placement":
+        """So many more experts on each rank, those that an even placement has on
+        the next rank first."""
+
+        def extended(rank: int, experts: tuple[int, ...]) -> tuple[int, ...]:
+            first = self.num_experts * (rank + 1) // self.num_ranks
+            others = [(first + e) % self.num_experts for e in range(self.num_experts)]
+            return (*experts, *[e for e in others if e not in set(experts)][:count])
+
+        slots = {layer: tuple(extended(*one) for one in enumerate(ranks)) for layer, ranks in self.slots.items()}
+        return Placement(self.num_experts, slots)
 
     @property
     def num_ranks(self) -> int:
@@ -48,14 +64,20 @@ class Placement:
         """Logical experts in the slots of one rank."""
         return self.slots[layer][rank]
 
-    def slot_table(self, layer: int, rank: int) -> list[int]:
-        """Slot of each logical expert on this rank, -1 where another rank has it.
+    def holders(self, layer: int) -> list[list[int]]:
+        """The ranks that hold each logical expert."""
+        ranks: list[list[int]] = [[] for _ in range(self.num_experts)]
+        for rank, experts in enumerate(self.slots[layer]):
+            for expert in experts:
+                ranks[expert].append(rank)
+        return ranks
 
-        Of an expert's replicas only the first rank's counts, so that shares add up to the whole.
-        """
-        table = [-1] * self.num_experts
-        earlier = {expert for experts in self.slots[layer][:rank] for expert in experts}
-        for slot, expert in enumerate(self.slots[layer][rank]):
-            if expert not in earlier:
-                table[expert] = slot
-        return table
+    def table(self, layer: int, rank: int) -> list[list[int]]:
+        """Three lines over the logical experts, as kernels/place_routes.py reads them: the slot on this rank or -1,
+        the number of replicas, and which of them this rank's is, or -1."""
+        holders, here = self.holders(layer), {e: slot for slot, e in enumerate(self.slots[layer][rank])}
+        return [
+            [here.get(expert, -1) for expert in range(self.num_experts)],
+            [len(ranks) for ranks in holders],
+            [ranks.index(rank) if rank in ranks else -1 for ranks in holders],
+        ]

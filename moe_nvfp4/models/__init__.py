@@ -1,9 +1,9 @@
 """Models that run. A new one is a file here, its layout, and a line in `_MODULES`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -11,7 +11,7 @@ from moe_nvfp4.batch import Batch
 from moe_nvfp4.cache import CacheSpec, SequenceCache
 from moe_nvfp4.errors import CheckpointError
 from moe_nvfp4.expert_buffers import ExpertBuffers
-from moe_nvfp4.kernels.linear import DenseWeight
+from moe_nvfp4.kernels.linear import DenseWeight, Summed
 from moe_nvfp4.layouts import Config
 from moe_nvfp4.routing.dispatch import Dispatcher
 
@@ -70,6 +70,9 @@ class ModelConfig(Protocol):
         Where all of them have the format and the shape of routed ones, they are loaded as one expert more.
         """
 
+    def sharded(self, ranks: int) -> Self:
+        """Of one of so many ranks that share the heads; raises where the heads cannot be shared out like that."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
@@ -80,9 +83,15 @@ class Parts:
     dispatcher: Dispatcher
     dtype: torch.dtype
     fast: bool  # bfloat16 on a GPU: stack weights that share their input
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None  # where each rank has some of the heads
 
     def take(self, name: str) -> DenseWeight:
         return self.weights.pop(name)
+
+    def from_heads(self, name: str) -> DenseWeight | Summed:
+        """A projection that takes what heads give."""
+        weight = self.take(name)
+        return weight if self.sum_over_ranks is None else Summed(weight, self.sum_over_ranks)
 
     def plain(self, name: str) -> torch.Tensor:
         weight = self.take(name)
@@ -96,9 +105,9 @@ def model_config(config: Config) -> ModelConfig:
     return typed
 
 
-def build_model(config: Config, parts: Parts) -> Model:
-    module = _module(config)
-    model: Model = module.build(module.config_of(config), parts)
+def build_model(config: Config, typed: ModelConfig, parts: Parts) -> Model:
+    """`typed`: what `model_config` gives for the config, or what of it one rank has."""
+    model: Model = _module(config).build(typed, parts)
     assert not parts.weights, f"weights that the model did not take: {sorted(parts.weights)[:5]}"
     return model
 

@@ -5,15 +5,14 @@ their norm. Letters: T rows, H hidden, N heads, G key-value heads, D head size.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from moe_nvfp4.batch import Batch
 from moe_nvfp4.cache import AttentionSpec, CacheSpec, SequenceCache
-from moe_nvfp4.expert_buffers import LayerExperts
 from moe_nvfp4.kernels.heads import norm_rope_store
-from moe_nvfp4.kernels.linear import DenseWeight, Stacked, embedding, linear, stack
+from moe_nvfp4.kernels.linear import DenseWeight, Stacked, Summed, embedding, linear, stack
 from moe_nvfp4.kernels.paged_attention import paged_attention
 from moe_nvfp4.kernels.paged_kv import PagedKV
 from moe_nvfp4.kernels.residual_norms import Norm, residual_norms
@@ -26,6 +25,8 @@ from moe_nvfp4.models import Parts
 from moe_nvfp4.models.beside import Beside
 from moe_nvfp4.models.moe import GatedMLP, RoutedExperts, workspace_bytes
 from moe_nvfp4.models.rope import frequencies, proportional_frequencies, rope_settings_of_kind
+from moe_nvfp4.routing.dispatch import StepRows
+from moe_nvfp4.sharding import heads_of_rank, kv_heads_of_rank
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +74,13 @@ class Gemma4Config:
     def shared_experts(self) -> Mapping[int, Mapping[str, str]]:
         return {}
 
+    def sharded(self, ranks: int) -> "Gemma4Config":
+        heads = tuple(
+            replace(h, heads=heads_of_rank(h.heads, ranks), kv_heads=kv_heads_of_rank(h.kv_heads, ranks))
+            for h in self.heads
+        )
+        return replace(self, heads=heads)
+
 
 def config_of(config: Config) -> Gemma4Config:
     fields, text, _ = text_fields(config)
@@ -107,7 +115,7 @@ class Attention:
     heads: AttentionHeads
     window: int  # 0: full attention
     qkv: DenseWeight | Stacked  # without v where values are the keys
-    o: DenseWeight
+    o: DenseWeight | Summed
     q_norm: torch.Tensor
     k_norm: torch.Tensor
     inv_freq: torch.Tensor
@@ -135,9 +143,9 @@ class MoE:
     post_dense_norm: Norm
     beside: Beside
 
-    def forward(self, routed_TH: torch.Tensor, x_TH: torch.Tensor) -> torch.Tensor:
+    def forward(self, routed_TH: torch.Tensor, x_TH: torch.Tensor, step: StepRows | None) -> torch.Tensor:
         routes = route(routed_TH, self.router, self.experts_per_token, normalise=True)
-        return self.routed.forward(x_TH, routes)
+        return self.routed.forward(x_TH, routes, step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +160,9 @@ class Layer:
     scalar: torch.Tensor
 
     def forward(
-        self, x_TH: torch.Tensor, normed_TH: torch.Tensor, next_norm: Norm, kv: PagedKV, rows: Rows
+        self, x_TH: torch.Tensor, normed_TH: torch.Tensor, next_norm: Norm, kv: PagedKV, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        branch = [(self.attention.forward(normed_TH, kv, rows), self.post_attention_norm)]
+        branch = [(self.attention.forward(normed_TH, kv, batch.rows), self.post_attention_norm)]
         if self.moe is None:
             x_TH, (normed_TH,) = residual_norms(x_TH, branch, [self.mlp_norm])
             branch = [(self.mlp.forward(normed_TH), self.post_mlp_norm)]
@@ -164,7 +172,9 @@ class Layer:
         outputs = [self.mlp_norm, moe.router_norm, moe.norm]
         x_TH, (normed_TH, for_router_TH, for_experts_TH) = residual_norms(x_TH, branch, outputs)
         dense_TH, routed_TH = moe.beside.run(
-            len(x_TH), lambda: self.mlp.forward(normed_TH), lambda: moe.forward(for_router_TH, for_experts_TH)
+            len(x_TH),
+            lambda: self.mlp.forward(normed_TH),
+            lambda: moe.forward(for_router_TH, for_experts_TH, batch.step),
         )
         branches = [(dense_TH, moe.post_dense_norm), (routed_TH, moe.post_norm)]
         x_TH, (normed_TH,) = residual_norms(x_TH, branches, [next_norm], after=self.post_mlp_norm, scalar=self.scalar)
@@ -195,7 +205,7 @@ class Gemma4:
         norms = [*(layer.input_norm for layer in self.layers), self.norm]
         x_TH, (normed_TH,) = residual_norms(x_TH, [], [norms[layers.start]])
         for index in layers:
-            x_TH, normed_TH = self.layers[index].forward(x_TH, normed_TH, norms[index + 1], cache.kv[index], batch.rows)
+            x_TH, normed_TH = self.layers[index].forward(x_TH, normed_TH, norms[index + 1], cache.kv[index], batch)
         return x_TH, normed_TH
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -262,7 +272,7 @@ def _attention(config: Gemma4Config, parts: Parts, index: int) -> Attention:
         qkv=stack(
             [parts.take(f"{at}{name}_proj.weight") for name in ("qkv" if heads.has_v else "qk")], fast=parts.fast
         ),
-        o=parts.take(at + "o_proj.weight"),
+        o=parts.from_heads(at + "o_proj.weight"),
         q_norm=q_norm,
         k_norm=parts.plain(at + "k_norm.weight"),
         inv_freq=inv_freq.to(q_norm.device),
@@ -271,8 +281,5 @@ def _attention(config: Gemma4Config, parts: Parts, index: int) -> Attention:
 
 
 def _routed(parts: Parts, index: int, expert_scale: torch.Tensor, activation: str) -> RoutedExperts:
-    """The router's scale of each expert goes into the global scale of its last projection, where it costs nothing."""
-    experts, here = parts.experts.layers[index], parts.experts.placement.local(index, parts.experts.rank)
-    scale = experts.down.global_scale * expert_scale.float()[torch.tensor(here, device=expert_scale.device)]
-    scaled = LayerExperts(experts.gate, experts.up, experts.down._replace(global_scale=scale))
-    return RoutedExperts(index, scaled, parts.dispatcher, activation)
+    parts.experts.scale_down(index, expert_scale)
+    return RoutedExperts(index, parts.experts.layers[index], parts.dispatcher, activation)

@@ -13,7 +13,7 @@ from moe_nvfp4.kernels.linear import DenseWeight, Stacked, linear, stack
 from moe_nvfp4.kernels.route import Routes
 from moe_nvfp4.kernels.routed_experts import routed_experts
 from moe_nvfp4.models import Parts
-from moe_nvfp4.routing.dispatch import Dispatcher
+from moe_nvfp4.routing.dispatch import Dispatcher, StepRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +38,12 @@ class RoutedExperts:
     dispatcher: Dispatcher
     activation: str
 
-    def forward(self, x_TH: torch.Tensor, routes: Routes) -> torch.Tensor:
-        rows_TH, (ids_TK, weights_TK), handle = self.dispatcher.dispatch(self.layer, x_TH, routes)
-        y_TH = routed_experts(rows_TH, *self.experts.projections, ids_TK, weights_TK, self.activation)
+    def forward(self, x_TH: torch.Tensor, routes: Routes, step: StepRows | None) -> torch.Tensor:
+        rows_TH, (ids_TK, weights_TK), handle = self.dispatcher.dispatch(self.layer, x_TH, routes, step)
+        if self.experts.up.shape[0]:
+            y_TH = routed_experts(rows_TH, *self.experts.projections, ids_TK, weights_TK, self.activation)
+        else:  # this rank has none of the layer's experts
+            y_TH = torch.zeros_like(rows_TH)
         return self.dispatcher.combine(y_TH, handle)
 
 

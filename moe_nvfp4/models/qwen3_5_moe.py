@@ -4,7 +4,7 @@ Text only. Letters: T rows, H hidden, N heads, G key-value heads, D head size.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,7 +13,7 @@ from moe_nvfp4.cache import AttentionSpec, CacheSpec, DeltaSpec, SequenceCache
 from moe_nvfp4.kernels.delta_net import DeltaState, DeltaWeights, delta_net
 from moe_nvfp4.kernels.gated import add_gated_share
 from moe_nvfp4.kernels.heads import norm_rope_store
-from moe_nvfp4.kernels.linear import DenseWeight, Stacked, embedding, linear, stack
+from moe_nvfp4.kernels.linear import DenseWeight, Stacked, Summed, embedding, linear, stack
 from moe_nvfp4.kernels.norm_linear import norm_linear
 from moe_nvfp4.kernels.paged_attention import paged_attention
 from moe_nvfp4.kernels.paged_kv import PagedKV
@@ -25,6 +25,8 @@ from moe_nvfp4.layouts.parts import layer_types, text_fields, tied
 from moe_nvfp4.models import Parts
 from moe_nvfp4.models.moe import GatedMLP, RoutedExperts, workspace_bytes
 from moe_nvfp4.models.rope import frequencies, rope_settings
+from moe_nvfp4.routing.dispatch import StepRows
+from moe_nvfp4.sharding import delta_of_rank, heads_of_rank, kv_heads_of_rank
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +75,10 @@ class Qwen35MoeConfig:
             for index in range(len(self.full_attention))
         }
 
+    def sharded(self, ranks: int) -> "Qwen35MoeConfig":
+        heads, kv_heads = heads_of_rank(self.num_heads, ranks), kv_heads_of_rank(self.num_kv_heads, ranks)
+        return replace(self, num_heads=heads, num_kv_heads=kv_heads, delta=delta_of_rank(self.delta, ranks))
+
 
 def config_of(config: Config) -> Qwen35MoeConfig:
     fields, text, _ = text_fields(config)
@@ -115,7 +121,7 @@ def config_of(config: Config) -> Qwen35MoeConfig:
 @dataclass(frozen=True, slots=True)
 class Attention:
     qkv: DenseWeight | Stacked  # rows of q: each head's query, then its gate
-    o: DenseWeight
+    o: DenseWeight | Summed
     q_norm: torch.Tensor
     k_norm: torch.Tensor
 
@@ -142,7 +148,7 @@ class DeltaNet:
     qkv_z: DenseWeight | Stacked
     b_a: DenseWeight | Stacked
     delta: DeltaWeights
-    out: DenseWeight
+    out: DenseWeight | Summed
 
     @property
     def projections(self) -> list[DenseWeight | Stacked]:
@@ -176,9 +182,9 @@ class MoE:
     shared: GatedMLP | None
     shared_gate: torch.Tensor | None
 
-    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TH: torch.Tensor, step: StepRows | None) -> torch.Tensor:
         routes = route(x_TH, self.router, self.experts_per_token, normalise=True, shared=self.shared is None)
-        y_TH = self.routed.forward(x_TH, routes)
+        y_TH = self.routed.forward(x_TH, routes, step)
         if self.shared is None or self.shared_gate is None:
             return y_TH
         return add_gated_share(y_TH, self.shared.forward(x_TH), linear(x_TH, self.shared_gate))
@@ -222,7 +228,7 @@ class Qwen35Moe:
             else:
                 y_TH = layer.mixer.forward(projected, cache.states[index], batch.rows, self.config)
             x_TH, (normed_TH,) = residual_norms(x_TH, [(y_TH, None)], [layer.mlp_norm])
-            y_TH = layer.moe.forward(normed_TH)
+            y_TH = layer.moe.forward(normed_TH, batch.step)
         norms = [*(layer.mixer_norm for layer in self.layers), self.norm]
         x_TH, (normed_TH,) = residual_norms(x_TH, [] if y_TH is None else [(y_TH, None)], [norms[layers.stop]])
         return x_TH, normed_TH
@@ -259,7 +265,7 @@ def _layer(config: Qwen35MoeConfig, parts: Parts, index: int) -> Layer:
 def _attention(parts: Parts, at: str) -> Attention:
     return Attention(
         qkv=stack([parts.take(f"{at}{name}_proj.weight") for name in "qkv"], fast=parts.fast),
-        o=parts.take(at + "o_proj.weight"),
+        o=parts.from_heads(at + "o_proj.weight"),
         q_norm=parts.plain(at + "q_norm.weight"),
         k_norm=parts.plain(at + "k_norm.weight"),
     )
@@ -275,7 +281,7 @@ def _delta_net(parts: Parts, at: str) -> DeltaNet:
             step=parts.plain(at + "dt_bias").float(),
             norm=parts.plain(at + "norm.weight"),
         ),
-        out=parts.take(at + "out_proj.weight"),
+        out=parts.from_heads(at + "out_proj.weight"),
     )
 
 

@@ -4,14 +4,14 @@ Letters: T rows, H hidden, N heads, G key-value heads, D head size.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from moe_nvfp4.batch import Batch
 from moe_nvfp4.cache import AttentionSpec, CacheSpec, SequenceCache
 from moe_nvfp4.kernels.heads import norm_rope_store
-from moe_nvfp4.kernels.linear import DenseWeight, Stacked, embedding, linear, stack
+from moe_nvfp4.kernels.linear import DenseWeight, Stacked, Summed, embedding, linear, stack
 from moe_nvfp4.kernels.norm_linear import norm_linear
 from moe_nvfp4.kernels.paged_attention import paged_attention
 from moe_nvfp4.kernels.paged_kv import PagedKV
@@ -24,6 +24,8 @@ from moe_nvfp4.layouts.qwen3_moe import dense_layers
 from moe_nvfp4.models import Parts
 from moe_nvfp4.models.moe import GatedMLP, RoutedExperts, workspace_bytes
 from moe_nvfp4.models.rope import frequencies, rope_settings
+from moe_nvfp4.routing.dispatch import StepRows
+from moe_nvfp4.sharding import heads_of_rank, kv_heads_of_rank
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +68,10 @@ class Qwen3MoeConfig:
     def shared_experts(self) -> Mapping[int, Mapping[str, str]]:
         return {}
 
+    def sharded(self, ranks: int) -> "Qwen3MoeConfig":
+        heads, kv_heads = heads_of_rank(self.num_heads, ranks), kv_heads_of_rank(self.num_kv_heads, ranks)
+        return replace(self, num_heads=heads, num_kv_heads=kv_heads)
+
 
 def config_of(config: Config) -> Qwen3MoeConfig:
     fields = Fields(config)
@@ -98,7 +104,7 @@ def config_of(config: Config) -> Qwen3MoeConfig:
 @dataclass(frozen=True, slots=True)
 class Attention:
     qkv: DenseWeight | Stacked
-    o: DenseWeight
+    o: DenseWeight | Summed
     q_norm: torch.Tensor
     k_norm: torch.Tensor
 
@@ -119,9 +125,9 @@ class MoE:
     experts_per_token: int
     normalise: bool
 
-    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TH: torch.Tensor, step: StepRows | None) -> torch.Tensor:
         routes = route(x_TH, self.router, self.experts_per_token, normalise=self.normalise)
-        return self.routed.forward(x_TH, routes)
+        return self.routed.forward(x_TH, routes, step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +165,8 @@ class Qwen3Moe:
             x_TH, (qkv,) = norm_linear(x_TH, y_TH, layer.attention_norm, [layer.attention.qkv])
             y_TH = layer.attention.forward(qkv, cache.kv[index], batch.rows, self.inv_freq, self.config)
             x_TH, (normed_TH,) = residual_norms(x_TH, [(y_TH, None)], [layer.mlp_norm])
-            y_TH = layer.mlp.forward(normed_TH)
+            mlp = layer.mlp
+            y_TH = mlp.forward(normed_TH, batch.step) if isinstance(mlp, MoE) else mlp.forward(normed_TH)
         norms = [*(layer.attention_norm for layer in self.layers), self.norm]
         x_TH, (normed_TH,) = residual_norms(x_TH, [] if y_TH is None else [(y_TH, None)], [norms[layers.stop]])
         return x_TH, normed_TH
@@ -189,7 +196,7 @@ def _layer(config: Qwen3MoeConfig, parts: Parts, index: int) -> Layer:
         attention_norm=Norm(parts.plain(layer + "input_layernorm.weight"), config.eps),
         attention=Attention(
             qkv=stack([parts.take(f"{at}{name}_proj.weight") for name in "qkv"], fast=parts.fast),
-            o=parts.take(at + "o_proj.weight"),
+            o=parts.from_heads(at + "o_proj.weight"),
             q_norm=parts.plain(at + "q_norm.weight"),
             k_norm=parts.plain(at + "k_norm.weight"),
         ),

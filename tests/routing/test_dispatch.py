@@ -18,9 +18,3 @@ def test_ids_become_slots(order: tuple[int, ...]) -> None:
     assert routes.weights_TK is weights
     assert rows is x
     assert dispatcher.combine(x, handle) is x
-
-
-def test_experts_of_other_ranks_are_left_out() -> None:
-    dispatcher = LocalDispatcher(Placement(4, {0: ((2, 0), (1, 3))}), torch.device("cpu"))
-    _, routes, _ = dispatcher.dispatch(0, torch.ones(2, 1), Routes(torch.tensor([[0, 1], [2, 3]]), torch.ones(2, 2)))
-    assert routes.expert_ids_TK.tolist() == [[1, -1], [0, -1]]

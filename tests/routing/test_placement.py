@@ -18,19 +18,45 @@ def test_even(experts: int, data: st.DataObject) -> None:
         assert max(map(len, held)) - min(map(len, held)) <= 1
 
 
-@given(st.lists(st.sets(st.integers(0, 5)), min_size=1, max_size=5))
-def test_slot_tables_cover_each_expert_once(ranks: list[set[int]]) -> None:
-    slots = tuple(tuple(sorted(held, reverse=True)) for held in ranks)
-    if set().union(*ranks) != set(range(6)):
-        with pytest.raises(ValueError, match="nowhere"):
-            Placement(6, {0: slots})
-        return
-    placement = Placement(6, {0: slots})
-    tables = [placement.slot_table(0, rank) for rank in range(len(slots))]
-    for expert in range(6):
-        owners = [rank for rank, table in enumerate(tables) if table[expert] >= 0]
-        assert owners == [min(rank for rank, held in enumerate(ranks) if expert in held)]
-        assert slots[owners[0]][tables[owners[0]][expert]] == expert
+@st.composite
+def placements(draw: st.DrawFn) -> Placement:
+    """Two layers of six experts, every one of them on some rank; ranks may have none."""
+    count = draw(st.integers(1, 4))
+    layers = {}
+    for layer in (1, 4):
+        held = [draw(st.permutations(sorted(draw(st.sets(st.integers(0, 5)))))) for _ in range(count)]
+        for expert in set(range(6)).difference(*held):
+            held[draw(st.integers(0, count - 1))].append(expert)
+        layers[layer] = tuple(map(tuple, held))
+    return Placement(6, layers)
+
+
+@given(placements())
+def test_tables_give_each_row_of_an_expert_to_one_rank(placement: Placement) -> None:
+    tables = [placement.table(4, rank) for rank in range(placement.num_ranks)]
+    for expert, holders in enumerate(placement.holders(4)):
+        for rank, (slots, replicas, turn) in enumerate(tables):
+            assert replicas[expert] == len(holders)
+            assert (slots[expert] >= 0) == (turn[expert] >= 0) == (rank in holders)
+            if rank in holders:
+                assert placement.local(4, rank)[slots[expert]] == expert
+        turns = sorted(turn[expert] for _, _, turn in tables if turn[expert] >= 0)
+        assert turns == list(range(len(holders)))
+
+
+@given(placements(), st.integers(0, 7))
+def test_replicas_fill_spare_slots(placement: Placement, count: int) -> None:
+    more = placement.with_replicas(count)
+    for layer, ranks in placement.slots.items():
+        for held, longer in zip(ranks, more.slots[layer], strict=True):
+            assert longer[: len(held)] == held
+            assert len(longer) == min(6, len(held) + count)
+
+
+def test_experts_everywhere() -> None:
+    placement = Placement.even([0], 7, 3, everywhere=[6])
+    assert placement.slots[0] == ((0, 1, 6), (2, 3, 6), (4, 5, 6))
+    assert placement.table(0, 1) == [[-1, -1, 0, 1, -1, -1, 2], [1] * 6 + [3], [-1, -1, 0, 0, -1, -1, 1]]
 
 
 @pytest.mark.parametrize(
