@@ -24,7 +24,7 @@ class Lines:
     """Rank 0's end: it listens from the start on, at a free port, and `accept` waits for the others."""
 
     def __init__(self, host: str, key: bytes):
-        self._key, self._lines = key, list[socket.socket]()
+        self.key, self._lines = key, list[socket.socket]()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._server = socket.create_server((host, 0), family=family)
         self.port: int = self._server.getsockname()[1]
@@ -44,7 +44,7 @@ class Lines:
             except (OSError, struct.error):
                 line.close()
                 continue
-            if not hmac.compare_digest(shown, _digest(self._key, rank)):
+            if not hmac.compare_digest(shown, _digest(self.key, rank)):
                 line.close()
                 continue
             line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
