@@ -1,4 +1,4 @@
-"""`moe-nvfp4 generate | inspect | synthesize | bench`. Mistakes of the user end with one message and exit code 2."""
+"""The command `moe-nvfp4`. Mistakes of the user end with one message and exit code 2."""
 
 import argparse
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any
 from moe_nvfp4 import __version__
 from moe_nvfp4.errors import MoeNvfp4Error, RequestError
 from moe_nvfp4.launch.cli_bench import add_bench
+from moe_nvfp4.launch.cli_serve import add_serve
 
 USER_ERROR, BROKEN_CHECKPOINT, BROKEN_KERNEL, INTERRUPTED = 2, 1, 1, 130
 
@@ -40,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"moe-nvfp4 {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands.add_parser("generate", help="generate text from a checkpoint"))
+    add_serve(commands.add_parser("serve", help="serve models over HTTP, in the form of the OpenAI API"))
     _add_inspect(commands.add_parser("inspect", help="examine a checkpoint: headers and scales only"))
     _add_synthesize(commands.add_parser("synthesize", help="write a checkpoint of random values in a public layout"))
     add_bench(commands.add_parser("bench", help="measure"))

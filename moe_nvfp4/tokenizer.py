@@ -77,8 +77,10 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_arguments: Mapping[str, Any] | None = None,
+        begun: str = "",
     ) -> list[int]:
-        """Token ids of a conversation in the model's chat template, up to where the assistant speaks.
+        """Token ids of a conversation in the model's chat template, up to where the assistant speaks, and what it has
+        `begun` to say, special tokens included.
 
         Content is a string or a list of text parts as in the OpenAI API; parts are joined by newlines.
         `template_arguments` are variables that the template knows, such as enable_thinking.
@@ -113,7 +115,10 @@ class Tokenizer:
                 "Check the roles, their order and the fields of each message against the model's card"
             ) from error
         _check_text("messages", text)
-        pieces = [self._tokenizer.encode(piece, add_special_tokens=False, verbose=False) for piece in text.split(split)]
+        pieces = [
+            self._tokenizer.encode(piece, add_special_tokens=False, verbose=False)
+            for piece in (text + begun).split(split)
+        ]
         return [int(token_id) for piece in pieces for token_id in piece]
 
     def _split_special(self, value: Any, split: str) -> Any:
@@ -149,6 +154,12 @@ class Tokenizer:
         if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
             return bytes.fromhex(byte[1])
         return str(token).replace("\u2581", " ").encode()
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are never part of an answer's text."""
+        added = self._tokenizer.added_tokens_decoder.items()
+        return frozenset(self._tokenizer.all_special_ids) | {token_id for token_id, token in added if token.special}
 
     @cached_property
     def _added(self) -> frozenset[int]:

@@ -1,0 +1,179 @@
+"""/v1/chat/completions: messages through the model's own template; its reasoning and tool calls out of its text."""
+
+import json
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import Request, Response
+
+from moe_nvfp4.generation import Increment, TokenLogprob
+from moe_nvfp4.launch.http_answer_parser import AnswerParser, Text
+from moe_nvfp4.launch.http_errors import ApiError
+from moe_nvfp4.launch.http_guard import record_of
+from moe_nvfp4.launch.http_reply import Job, Reply, answer, chat_logprobs
+from moe_nvfp4.launch.http_sampling import at_most, sampling_params
+from moe_nvfp4.launch.http_schemas import ChatRequest, Message, NamedTool
+from moe_nvfp4.launch.http_server import Server
+from moe_nvfp4.tokenizer import Tokenizer
+
+
+async def chat(server: Server, request: Request, body: ChatRequest) -> Response:
+    model = server.model(body.model)
+    record_of(request.scope).model = model.name
+    at_most("tools", len(body.tools or ()), server.settings.max_tools)
+    tokenizer, dialect = model.tokenizer, model.dialect
+    if tokenizer is None:
+        raise ApiError(400, "messages: this model has no tokenizer; send token ids to /v1/completions")
+    tools = None if body.tool_choice == "none" else body.tools
+    if tools and not dialect.call:
+        raise ApiError(400, "tools: this model's chat template knows none; leave them out", param="tools")
+    schemas = {tool.function.name: tool.function.parameters or {} for tool in tools} if tools else None
+    begun = _begun(body, dialect.call.forced) if tools and dialect.call else ""
+    params = sampling_params(
+        body,
+        server.settings,
+        max_new_tokens=body.max_completion_tokens or body.max_tokens or model.prompts.max_seq_len,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        **({"skip_special_tokens": False} if dialect.special else {}),
+    )
+
+    def encode() -> tuple[list[int], bool]:
+        ids = tokenizer.encode_chat(
+            [_for_template(message) for message in body.messages],
+            tools=[tool.model_dump(exclude_none=True) for tool in tools] if tools else None,
+            template_arguments=_template_arguments(body, forced=bool(begun)),
+            begun=begun,
+        )
+        model.check([ids], params, "messages")
+        end = tokenizer.decode(ids[-8:], skip_special_tokens=False).rstrip()
+        return ids, dialect.think is not None and end.endswith(dialect.think[0])
+
+    ids, thinking = await model.encode(encode)
+    parsers = [AnswerParser(dialect, schemas, thinking=thinking, begun=begun) for _ in range(params.n)]
+    reply = ChatReply(model.name, ids, tokenizer, parsers, parallel=body.parallel_tool_calls is not False)
+    return await answer(server, request, body, Job(model, [ids], params, reply))
+
+
+def _begun(body: ChatRequest, forced: str) -> str:
+    """How an answer begins that has to be a call."""
+    if isinstance(body.tool_choice, NamedTool):
+        return forced.format(name=body.tool_choice.function.name)
+    if body.tool_choice != "required" or not body.tools:
+        return ""
+    if len(body.tools) == 1:
+        return forced.format(name=body.tools[0].function.name)
+    return forced.format(name="\0").partition("\0")[0]
+
+
+def _template_arguments(body: ChatRequest, *, forced: bool) -> dict[str, Any]:
+    """What the request says, before what follows from its other fields."""
+    arguments: dict[str, Any] = {}
+    if body.reasoning_effort is not None:
+        arguments["reasoning_effort"] = body.reasoning_effort
+    if body.reasoning_effort == "none" or forced:
+        arguments["enable_thinking"] = False
+    return arguments | (body.chat_template_kwargs or {})
+
+
+def _for_template(message: Message) -> dict[str, Any]:
+    """Templates know no developer, and most want the arguments of calls as objects, not as JSON."""
+    fields = message.model_dump(exclude_none=True)
+    if message.role == "developer":
+        fields["role"] = "system"
+    for call in fields.get("tool_calls", ()):
+        arguments = call["function"]["arguments"]
+        if isinstance(arguments, str):
+            try:
+                parsed = json.loads(arguments or "{}")
+            except (ValueError, RecursionError):
+                continue  # the template shows it as it is
+            call["function"]["arguments"] = parsed if isinstance(parsed, dict) else arguments
+    return fields
+
+
+class Choice:
+    """One answer in the making."""
+
+    def __init__(self, parser: AnswerParser):
+        self.parser = parser
+        self.texts = {"content": "", "reasoning": ""}
+        self.calls: list[dict[str, Any]] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.unsent: list[TokenLogprob] = []
+        self.finish: str | None = None
+
+    def message(self) -> dict[str, Any]:
+        content = self.texts["content"] or (None if self.calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if self.texts["reasoning"]:
+            message["reasoning_content"] = self.texts["reasoning"]
+        if self.calls:
+            message["tool_calls"] = self.calls
+        return message
+
+
+class ChatReply(Reply):
+    prefix, whole_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(
+        self, model: str, prompt: Sequence[int], tokenizer: Tokenizer, parsers: list[AnswerParser], *, parallel: bool
+    ):
+        super().__init__(model, [prompt])
+        self._tokenizer, self._parallel = tokenizer, parallel
+        self._choices = [Choice(parser) for parser in parsers]
+
+    def opening(self) -> list[dict[str, Any]]:
+        return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(len(self._choices))]
+
+    def push(self, increment: Increment) -> list[dict[str, Any]]:
+        self.count(increment)
+        choice = self._choices[increment.choice]
+        choice.unsent += increment.logprobs
+        choice.logprobs += increment.logprobs
+        if choice.parser.thinking:
+            self.reasoning_tokens += len(increment.token_ids)
+        parts = choice.parser.push(increment.text)
+        if increment.finish_reason:
+            parts += choice.parser.finish(stopped=increment.finish_reason == "stop")
+        deltas: list[dict[str, Any]] = []
+        for part in parts:
+            if isinstance(part, Text):
+                choice.texts[part.kind] += part.text
+                deltas.append({"content" if part.kind == "content" else "reasoning_content": part.text})
+            elif self._parallel or not choice.calls:
+                function = {"name": part.name, "arguments": part.arguments}
+                choice.calls.append({"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function})
+                deltas += _call_deltas(len(choice.calls) - 1, choice.calls[-1])
+        chunks = [self._chunk(increment.choice, delta) for delta in deltas]
+        if increment.finish_reason:
+            choice.finish = increment.finish_reason
+            if choice.calls and choice.finish == "stop":
+                choice.finish = "tool_calls"
+            chunks.append(self._chunk(increment.choice, {}, choice.finish))
+        return chunks
+
+    def choices(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "index": index,
+                "message": choice.message(),
+                "finish_reason": choice.finish,
+                "logprobs": chat_logprobs(self._tokenizer, choice.logprobs) if choice.logprobs else None,
+            }
+            for index, choice in enumerate(self._choices)
+        ]
+
+    def _chunk(self, index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+        """Log probabilities go with the first chunk after their tokens."""
+        unsent, self._choices[index].unsent = self._choices[index].unsent, []
+        logprobs = chat_logprobs(self._tokenizer, unsent) if unsent else None
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+
+
+def _call_deltas(index: int, call: dict[str, Any]) -> list[dict[str, Any]]:
+    """First which function, then its arguments, as clients put them together."""
+    function = call["function"]
+    begin = {"index": index, **call, "function": {"name": function["name"], "arguments": ""}}
+    rest = {"index": index, "function": {"arguments": function["arguments"]}}
+    return [{"tool_calls": [begin]}, {"tool_calls": [rest]}]

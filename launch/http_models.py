@@ -1,0 +1,139 @@
+"""A model as the server sees it: prompts encoded beside the event loop, answers measured, and proof that it decodes."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from moe_nvfp4.async_runner import AsyncMoERunner
+from moe_nvfp4.errors import MoeNvfp4Error
+from moe_nvfp4.generation import Completion, Increment
+from moe_nvfp4.launch.http_dialects import Dialect
+from moe_nvfp4.launch.http_errors import ApiError
+from moe_nvfp4.launch.http_metrics import Family, Registry, gauge
+from moe_nvfp4.prompts import PromptEncoder
+from moe_nvfp4.sampling import SamplingParams
+
+Result = TypeVar("Result")
+ENCODERS = 4
+PROBE_SECONDS = 10.0  # in which a model that is asked for one token must give it
+
+
+class Metrics:
+    """What the server counts itself, beside what others register."""
+
+    def __init__(self) -> None:
+        self.registry = Registry()
+        counter, histogram = self.registry.counter, self.registry.histogram
+        self.requests = counter("moe_nvfp4_requests_total", "Requests by endpoint and outcome.")
+        self.prompt_tokens = counter("moe_nvfp4_prompt_tokens_total", "Tokens of prompts.")
+        self.reused_tokens = counter("moe_nvfp4_reused_prompt_tokens_total", "Of those, found in the cache.")
+        self.new_tokens = counter("moe_nvfp4_generated_tokens_total", "Tokens of answers.")
+        self.first_token = histogram("moe_nvfp4_time_to_first_token_seconds", "From request to first token.")
+        self.between = histogram("moe_nvfp4_time_between_tokens_seconds", "From one token of an answer to the next.")
+        self.whole = histogram("moe_nvfp4_request_seconds", "From request to the end of its last answer.")
+
+
+class ServedModel:
+    def __init__(self, name: str, runner: AsyncMoERunner, metrics: Metrics):
+        self.name, self.runner, self.metrics = name, runner, metrics
+        self.prompts: PromptEncoder = runner.runner.prompts
+        self.tokenizer = self.prompts.tokenizer
+        self.dialect = Dialect.of(self.tokenizer)
+        self.created = int(time.time())
+        self._last_token = -float("inf")
+        self._probe: asyncio.Task[bool] | None = None
+        # A long prompt, or a schema that takes long to compile, holds up few other prompts and nobody's answer.
+        self._encoder = ThreadPoolExecutor(ENCODERS, thread_name_prefix=f"moe-nvfp4 prompts {name}")
+        self._mean_seconds = 1.0
+        metrics.registry.register(self._gauges)
+
+    async def encode(self, function: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, function)
+
+    def check(self, prompts: list[list[int]], params: SamplingParams, param: str) -> None:
+        """All that can be refused before the engine is asked; takes long where a schema has to be compiled. A prompt
+        that leaves no room for an answer gets the error that clients know."""
+        longest, most = max(map(len, prompts)), self.prompts.max_seq_len
+        if longest >= most:
+            raise ApiError(
+                400,
+                f"{param}: {longest:,} tokens; the model's context is {most:,}, the answer included. Shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
+        self.prompts.encode(prompts, params)
+
+    async def answers(self, prompts: list[list[int]], params: SamplingParams) -> AsyncGenerator[Increment, None]:
+        """Increments of all answers, measured. Closing it cancels what is unfinished."""
+        began, label, metrics = time.monotonic(), {"model": self.name}, self.metrics
+        last: dict[tuple[int, int], float] = {}
+        stream = self.runner.stream(prompts, params)
+        try:
+            async for increment in stream:
+                now, key = time.monotonic(), (increment.prompt, increment.choice)
+                if key in last:
+                    metrics.between.observe(now - last[key], **label)
+                else:
+                    metrics.first_token.observe(now - began, **label)
+                last[key] = self._last_token = now
+                metrics.new_tokens.add(len(increment.token_ids), **label)
+                if increment.completion is not None:
+                    self._count_prompt(increment.choice, increment.completion)
+                yield increment
+            seconds = time.monotonic() - began
+            metrics.whole.observe(seconds, **label)
+            self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
+        finally:
+            await stream.aclose()  # type: ignore[attr-defined]
+
+    def _count_prompt(self, choice: int, completion: Completion) -> None:
+        if choice == 0:
+            self.metrics.prompt_tokens.add(completion.timing.prompt_tokens, model=self.name)
+            self.metrics.reused_tokens.add(completion.timing.reused_tokens, model=self.name)
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds until a place in the queue is likely to be free."""
+        return min(60.0, max(1.0, self._mean_seconds))
+
+    async def decodes(self, interval: float) -> bool:
+        """Whether a token was decoded within the interval; if none was asked for, one is, for all who ask together."""
+        if time.monotonic() - self._last_token <= interval:
+            return True
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.create_task(self._decode_one())
+        return await asyncio.shield(self._probe)
+
+    async def _decode_one(self) -> bool:
+        token = next(token for token in range(self.prompts.vocab_size) if token not in self.prompts.media_tokens)
+        # Before all others: a full queue is no reason to be called broken.
+        params = SamplingParams(max_new_tokens=1, ignore_eos=True, priority=-(2**62), timeout=PROBE_SECONDS)
+        try:
+            await asyncio.wait_for(self.runner.generate([token], params), PROBE_SECONDS + 1)
+        except (MoeNvfp4Error, TimeoutError, FloatingPointError):
+            return False
+        self._last_token = time.monotonic()
+        return True
+
+    def _gauges(self) -> Iterable[Family]:
+        """Of the engine, if it is in this process."""
+        scheduler = getattr(self.runner.runner.engine, "scheduler", None)
+        if scheduler is None:
+            return
+        label = {"model": self.name}
+        yield gauge("moe_nvfp4_requests_running", "Answers that are computed.", [(label, len(scheduler.running))])
+        yield gauge("moe_nvfp4_requests_waiting", "Answers that wait for a place.", [(label, len(scheduler.waiting))])
+        pools = list(enumerate(scheduler.memory.pools))
+        free = [({**label, "group": str(group)}, float(pool.available)) for group, pool in pools]
+        yield gauge("moe_nvfp4_pages_free", "Pages of the cache that no answer holds.", free)
+        held = [({**label, "group": str(group)}, float(pool.held)) for group, pool in pools]
+        yield gauge("moe_nvfp4_pages_held", "Pages of the cache that answers hold.", held)
+
+    def close(self) -> None:
+        self._encoder.shutdown(wait=False, cancel_futures=True)
+
+    def card(self) -> dict[str, Any]:
+        owner = {"object": "model", "created": self.created, "owned_by": "moe-nvfp4"}
+        return {"id": self.name, **owner, "max_model_len": self.prompts.max_seq_len}
