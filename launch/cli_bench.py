@@ -54,7 +54,18 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     serve.add_argument("--max-batch-size", type=int, default=256, metavar="N", help="default: %(default)s")
     serve.add_argument("--no-prefix-reuse", action="store_true")
     serve.set_defaults(run=_serve_offline)
+    _add_balance(kinds.add_parser("balance", help="simulate skewed experts: how evenly ranks are loaded; needs no GPU"))
     _add_serve(kinds.add_parser("serve", help="requests at given rates to a server with OpenAI's API"))
+
+
+def _add_balance(parser: argparse.ArgumentParser) -> None:
+    models = ("qwen3-235b", "qwen3.5-397b", "qwen3.6-35b")
+    parser.add_argument("--shape", choices=models, default="qwen3-235b", help="default: %(default)s")
+    parser.add_argument("--ranks", default="8,64", metavar="N,...", help="default: %(default)s")
+    parser.add_argument("--slots", default="2", metavar="N,...", help="beyond an even share; default: %(default)s")
+    parser.add_argument("--trace", default="all", help="uniform, 'zipf 0.8', drifting or domains; default: all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.set_defaults(run=_balance)
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
@@ -219,6 +230,18 @@ def _rates(text: str) -> list[float]:
     return rates
 
 
+def _balance(arguments: argparse.Namespace) -> int:
+    from moe_nvfp4.launch.bench_balance import TRACES, bench_balance
+
+    traces = TRACES if arguments.trace == "all" else (arguments.trace,)
+    if not all(trace in TRACES for trace in traces):
+        raise RequestError(f"--trace: got {arguments.trace!r:.80}; expected all or one of {', '.join(TRACES)}")
+    ranks, slots = _numbers("--ranks", arguments.ranks), _numbers("--slots", arguments.slots, low=0)
+    results = bench_balance(arguments.shape, ranks, slots, traces, print)
+    _write(arguments.json, {"what": "simulated loads; seconds on one CPU core", "results": results})
+    return 0
+
+
 def _schedule(arguments: argparse.Namespace) -> int:
     from moe_nvfp4.launch.bench_schedule import TRACES, bench_schedule
     from moe_nvfp4.launch.plot_schedule import plot
@@ -247,13 +270,13 @@ def _where(model: str) -> dict[str, Any]:
     return {"model": Path(model).name, "machine": name, "torch": torch.__version__}
 
 
-def _numbers(option: str, text: str) -> list[int]:
+def _numbers(option: str, text: str, *, low: int = 1) -> list[int]:
     try:
         numbers = [int(number) for number in text.split(",")]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) < 1:
-        raise RequestError(f"{option}: got {text!r:.80}; expected numbers from 1, like 1,8,64")
+    if not numbers or min(numbers) < low:
+        raise RequestError(f"{option}: got {text!r:.80}; expected numbers from {low}, like 1,8,64")
     return numbers
 
 
