@@ -6,11 +6,12 @@ was due. How late this program itself was is measured too, and said when it is t
 
 import asyncio
 import json
+import sys
 import time
+from asyncio.subprocess import PIPE, Process
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
@@ -18,65 +19,48 @@ import httpx
 
 from moe_nvfp4.errors import RequestError
 from moe_nvfp4.launch.bench_serve_offline import quantiles
+from moe_nvfp4.launch.load_client import Outcome, Target
 from moe_nvfp4.launch.serve_load import Load
 
 LATE = 0.02  # seconds of our own lag at p99, from which on figures are not to be trusted
-BEAT = 0.01  # seconds between two looks at the clock
-WARM_UP = 4  # requests that are not counted
+LEAD = 0.5  # seconds for clients to start and to read what they shall send
+LONGEST_LINE = 2**30
 FINENESS = 1.1  # the search ends when the rate that is too high is less than so many times the one that is not
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    url: str  # ends before /v1, or with it
-    model: str | None = None  # None: the first that the server names
-    key: str | None = None
-    chat: bool = False
-    timeout: float = 600.0
-
-    @property
-    def base(self) -> str:
-        return self.url.rstrip("/").removesuffix("/v1") + "/v1"
-
-    @property
-    def path(self) -> str:
-        return f"{self.base}/{'chat/completions' if self.chat else 'completions'}"
-
-
-@dataclass(slots=True)
-class Outcome:
-    """Of one request, in seconds from when it was due."""
-
-    due: float
-    arrivals: list[float] = field(default_factory=list)  # of pieces of text
-    end: float = 0.0
-    tokens_in: int = 0
-    tokens_out: int = 0
-    finished: bool = False
-    problem: str | None = None  # what kept it from being a whole answer
-
-
 async def bench_serve(
-    target: Target, load: Load, rates: Sequence[float], limit: float, search: bool, report: Callable[[str], None]
+    target: Target,
+    load: Load,
+    rates: Sequence[float],
+    report: Callable[[str], None],
+    *,
+    limit: float = 1.0,
+    search: bool = False,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Figures at each rate. With `search`, the rates are where to begin; the largest rate follows at which p99 of the
     time to first token is at most `limit` seconds and nothing fails."""
     load.check()
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=1000)
-    headers = {"Authorization": f"Bearer {target.key}"} if target.key else {}
-    async with httpx.AsyncClient(limits=limits, headers=headers, timeout=target.timeout) as client:
-        model = target.model or await _first_model(client, target)
-        await _warm_up(client, target, load.bodies(model, target.chat, 0.0))
+    if processes < 1:
+        raise RequestError(f"--processes: got {processes}; expected at least 1")
+    model = target.model or await _first_model(target)
+    clients = [await _client() for _ in range(processes)]
+    try:
+        await _warm_up(clients, target, load.bodies(model, target.chat, 0.0))
         report(HEAD)
 
         async def run(rate: float) -> dict[str, Any]:
-            bodies = load.bodies(model, target.chat, rate)
-            figures = await at_rate(client, target, bodies, load.arrivals(rate), limit)
+            outcomes, lags = await send(clients, target, load.arrivals(rate), load.bodies(model, target.chat, rate))
+            figures = summary(outcomes, lags, limit)
             report(row(rate, figures))
             return {"rate": rate} | figures
 
         results = [await run(rate) for rate in rates]
         largest = await _search(run, results, limit) if search else None
+    finally:
+        for client in clients:
+            client.kill()
+            await client.wait()
     if largest is not None:
         report(f"largest rate with p99 of the time to first token at most {limit:g} s: {largest:.3g} requests a second")
     elif search:
@@ -87,68 +71,29 @@ async def bench_serve(
     }
 
 
-async def at_rate(
-    client: httpx.AsyncClient, target: Target, bodies: Sequence[dict[str, Any]], arrivals: Sequence[float], limit: float
-) -> dict[str, Any]:
-    began = time.perf_counter()
-    lags: list[float] = []
-    tasks: list[asyncio.Task[None]] = []
-    outcomes = [Outcome(began + arrival) for arrival in arrivals]
-    heart = asyncio.create_task(_beat(lags))
-    try:
-        for outcome, body in zip(outcomes, bodies, strict=True):
-            await asyncio.sleep(max(0.0, outcome.due - time.perf_counter()))
-            lags.append(time.perf_counter() - outcome.due)
-            tasks.append(asyncio.create_task(_ask(client, target, body, outcome)))
-        await asyncio.gather(*tasks)
-    finally:
-        for task in (heart, *tasks):
-            task.cancel()
-    return summary(outcomes, lags, limit)
+async def _client() -> Process:
+    """Takes requests and gives outcomes, a line of JSON for each rate."""
+    program = (sys.executable, "-m", "moe_nvfp4.launch.load_client")
+    return await asyncio.create_subprocess_exec(*program, stdin=PIPE, stdout=PIPE, limit=LONGEST_LINE)
 
 
-async def _ask(client: httpx.AsyncClient, target: Target, body: dict[str, Any], outcome: Outcome) -> None:
-    try:
-        async with asyncio.timeout(target.timeout), client.stream("POST", target.path, json=body) as response:
-            if response.status_code != 200:
-                outcome.problem = str(response.status_code)
-                return
-            rest = b""
-            async for piece in response.aiter_bytes():
-                *lines, rest = (rest + piece).split(b"\n")
-                for line in lines:
-                    if line.startswith(b"data:") and b"[DONE]" not in line:
-                        _take(json.loads(line[5:]), outcome)
-            if outcome.problem is None and not outcome.finished:
-                outcome.problem = "cut off"
-    except TimeoutError:
-        outcome.problem = "timeout"
-    except httpx.HTTPError as error:
-        outcome.problem = type(error).__name__
-    except ValueError:
-        outcome.problem = "not JSON"
-    finally:
-        outcome.end = time.perf_counter() - outcome.due
+async def send(
+    clients: Sequence[Process], target: Target, arrivals: Sequence[float], bodies: Sequence[dict[str, Any]]
+) -> tuple[list[Outcome], list[float]]:
+    """Each client gets every so manieth request, so each of them sees a Poisson process as well."""
+    began = time.monotonic() + LEAD
 
+    async def part(number: int, client: Process) -> Any:
+        assert client.stdin is not None and client.stdout is not None
+        dues = [began + arrival for arrival in arrivals[number :: len(clients)]]
+        job = {"target": asdict(target), "dues": dues, "bodies": bodies[number :: len(clients)]}
+        client.stdin.write(json.dumps(job).encode() + b"\n")
+        await client.stdin.drain()
+        return json.loads(await client.stdout.readline())
 
-def _take(event: dict[str, Any], outcome: Outcome) -> None:
-    if "error" in event:
-        outcome.problem = "error in the stream"
-    if usage := event.get("usage"):
-        outcome.tokens_in, outcome.tokens_out = usage["prompt_tokens"], usage["completion_tokens"]
-    for choice in event.get("choices", ()):
-        delta = choice.get("delta") or choice
-        if any(delta.get(key) for key in ("content", "text", "reasoning_content", "reasoning", "tool_calls")):
-            outcome.arrivals.append(time.perf_counter() - outcome.due)
-        outcome.finished = outcome.finished or choice.get("finish_reason") is not None
-
-
-async def _beat(lags: list[float]) -> None:
-    """How late this program's own tasks are woken."""
-    while True:
-        before = time.perf_counter()
-        await asyncio.sleep(BEAT)
-        lags.append(time.perf_counter() - before - BEAT)
+    answers = await asyncio.gather(*(part(number, client) for number, client in enumerate(clients)))
+    outcomes = [Outcome(**outcome) for answer in answers for outcome in answer["outcomes"]]
+    return outcomes, [lag for answer in answers for lag in answer["lags"]]
 
 
 def summary(outcomes: Sequence[Outcome], lags: Sequence[float], limit: float) -> dict[str, Any]:
@@ -234,9 +179,10 @@ async def _search(
     return fine
 
 
-async def _first_model(client: httpx.AsyncClient, target: Target) -> str:
+async def _first_model(target: Target) -> str:
     try:
-        response = await client.get(f"{target.base}/models")
+        async with httpx.AsyncClient(headers=target.headers) as client:
+            response = await client.get(f"{target.base}/models")
         response.raise_for_status()
         return str(response.json()["data"][0]["id"])
     except (httpx.HTTPError, ValueError, LookupError) as error:
@@ -245,13 +191,10 @@ async def _first_model(client: httpx.AsyncClient, target: Target) -> str:
         ) from None
 
 
-async def _warm_up(client: httpx.AsyncClient, target: Target, bodies: Sequence[dict[str, Any]]) -> None:
-    """The first answers are slow for other reasons than load; and a wrong address is known at once."""
-    for body in bodies[:WARM_UP]:
-        outcome = Outcome(time.perf_counter())
-        await _ask(client, target, body, outcome)
+async def _warm_up(clients: Sequence[Process], target: Target, bodies: Sequence[dict[str, Any]]) -> None:
+    """A request through each client, one after the other: the first answers are slow for other reasons than load, and
+    a wrong address is known at once."""
+    for client, body in zip(clients, bodies, strict=False):
+        (outcome,), _ = await send([client], target, [0.0], [body])
         if outcome.problem is not None:
-            answer = ""
-            with suppress(httpx.HTTPError):
-                answer = (await client.post(target.path, json=body | {"stream": False})).text
-            raise RequestError(f"{target.path}: {outcome.problem}: {answer:.300}; expected a streamed answer")
+            raise RequestError(f"{target.path}: {outcome.problem}: {outcome.detail}; expected a streamed answer")

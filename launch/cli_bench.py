@@ -81,6 +81,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-ignore-eos", action="store_true", help="for servers that do not know ignore_eos")
     parser.add_argument("--limit", type=float, default=1.0, metavar="S", help="on time to first token; default: 1 s")
     parser.add_argument("--find-rate", action="store_true", help="search the largest rate with p99 within the limit")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="that send requests; default: 1")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="of a request; default: 600 s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
@@ -193,7 +194,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     import os
 
     try:
-        from moe_nvfp4.launch.bench_serve import Target, bench_serve
+        from moe_nvfp4.launch.bench_serve import bench_serve
+        from moe_nvfp4.launch.load_client import Target
     except ModuleNotFoundError as error:
         raise RequestError(f"bench serve needs {error.name}: pip install moe-nvfp4[serve]") from None
     from moe_nvfp4.launch.plot_serve import plot
@@ -213,7 +215,17 @@ def _serve(arguments: argparse.Namespace) -> int:
     key = os.environ.get("OPENAI_API_KEY")
     target = Target(arguments.url, arguments.model, key, arguments.chat, arguments.timeout)
     rates = _rates(arguments.rates)
-    figures = asyncio.run(bench_serve(target, load, rates, arguments.limit, arguments.find_rate, print))
+    figures = asyncio.run(
+        bench_serve(
+            target,
+            load,
+            rates,
+            print,
+            limit=arguments.limit,
+            search=arguments.find_rate,
+            processes=arguments.processes,
+        )
+    )
     _write(arguments.json, figures)
     if arguments.plot is not None:
         arguments.plot.write_text(plot(figures))

@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse  # noqa:
 from moe_nvfp4.errors import RequestError  # noqa: E402
 from moe_nvfp4.launch import bench_serve as bench  # noqa: E402
 from moe_nvfp4.launch.cli import main  # noqa: E402
+from moe_nvfp4.launch.load_client import Outcome, Target, beat  # noqa: E402
 from moe_nvfp4.launch.serve_load import MEANS, MOST, Load  # noqa: E402
 
 FIRST, BETWEEN = 0.1, 0.02  # seconds
@@ -100,7 +101,11 @@ def few(requests: int, answer: int = 5) -> Load:
 
 def run(url: str, load: Load, rates: list[float], limit: float = 1.0, search: bool = False, **target: Any) -> Any:
     lines: list[str] = []
-    figures = asyncio.run(bench.bench_serve(bench.Target(url, **target), load, rates, limit, search, lines.append))
+    processes = target.pop("processes", 1)
+    served = bench.bench_serve(
+        Target(url, **target), load, rates, lines.append, limit=limit, search=search, processes=processes
+    )
+    figures = asyncio.run(served)
     return figures, "\n".join(lines)
 
 
@@ -122,10 +127,10 @@ def test_lengths_and_arrivals_are_what_they_are_called() -> None:
     assert {token for body in ids for token in body["prompt"]} == set(range(11))
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_times_are_those_of_the_server(timed: tuple[str, Timed], chat: bool) -> None:
+@pytest.mark.parametrize(("chat", "processes"), [(False, 1), (True, 2)])
+def test_times_are_those_of_the_server(timed: tuple[str, Timed], chat: bool, processes: int) -> None:
     url, server = timed
-    figures, table = run(url, few(30), [30.0], chat=chat, key="secret")
+    figures, table = run(url, few(30), [30.0], chat=chat, key="secret", processes=processes)
     (one,) = figures["rates"]
     assert figures["model"] == "timed" and figures["largest_rate"] is None
     assert (one["completed"], one["tokens_in"], one["tokens_out"], one["problems"]) == (30, 210, 150, {})
@@ -149,7 +154,7 @@ def test_the_loop_is_open(timed: tuple[str, Timed]) -> None:
 
 def test_what_goes_wrong_is_counted_by_its_kind(timed: tuple[str, Timed]) -> None:
     url, server = timed
-    server.breaks = {6: "cut off", 8: "error"}  # four warm it up
+    server.breaks = {3: "cut off", 5: "error"}  # the first warms it up
     figures, table = run(url, few(8), [50.0])
     one = figures["rates"][0]
     assert one["problems"] == {"cut off": 1, "error in the stream": 1}
@@ -158,7 +163,7 @@ def test_what_goes_wrong_is_counted_by_its_kind(timed: tuple[str, Timed]) -> Non
     server.room, server.queue, server.breaks = 2, 1, {}
     figures, _ = run(url, few(20), [500.0])
     assert figures["rates"][0]["problems"] == {"429": 17}
-    server.breaks = {len(server.bodies) + 3: "hang"}
+    server.breaks = {len(server.bodies) + 2: "hang"}
     figures, _ = run(url, few(2), [100.0], timeout=1.5)
     assert figures["rates"][0]["problems"] == {"timeout": 1}
 
@@ -181,14 +186,14 @@ def test_the_largest_rate_within_a_limit(timed: tuple[str, Timed]) -> None:
 def test_it_says_when_it_was_late_itself() -> None:
     async def busy() -> list[float]:
         lags: list[float] = []
-        heart = asyncio.create_task(bench._beat(lags))
+        heart = asyncio.create_task(beat(lags))
         for _ in range(5):
             await asyncio.sleep(0.02)
             time.sleep(0.1)
         heart.cancel()
         return lags
 
-    outcome = bench.Outcome(0.0, [0.1, 0.2], 0.3, 1, 2, True)
+    outcome = Outcome(0.0, [0.1, 0.2], 0.3, 1, 2, True)
     figures = bench.summary([outcome], asyncio.run(busy()), 1.0)
     assert figures["late"] and figures["own_lag"]["max"] > 0.05
     assert "late at p99" in bench.row(1.0, figures)
@@ -216,6 +221,7 @@ def test_command(timed: tuple[str, Timed], tmp_path: Path, capsys: pytest.Captur
         (["--requests", "0"], "--requests"),
         (["--lengths", "log-uniform", "--prompt", "9,3"], "--prompt"),
         (["--vocab", "0"], "--vocab"),
+        (["--processes", "0"], "--processes"),
         (["--vocab", "9", "--chat"], "--chat"),
         (["--url", "http://127.0.0.1:9"], "127.0.0.1:9/v1/models"),
     ],
