@@ -55,11 +55,14 @@ def open_store(host: str) -> TCPStore:
     return TCPStore(host, 0, is_master=True, wait_for_workers=False)
 
 
+def find_store(place: Place) -> TCPStore:
+    """At the other ranks."""
+    return TCPStore(place.host, place.port, is_master=False, timeout=timedelta(seconds=place.seconds))
+
+
 def join(place: Place, device: torch.device, store: TCPStore | None = None) -> Member:
-    """Called by all ranks. `store`: the one that this rank has opened, or that torchrun's environment leads to."""
+    """Called by all ranks. Without a store there is the one that torchrun has made."""
     patience = timedelta(seconds=place.seconds)
-    if store is None and place.rank and "TORCHELASTIC_RUN_ID" not in os.environ:
-        store = TCPStore(place.host, place.port, is_master=False, timeout=patience)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"

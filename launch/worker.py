@@ -16,7 +16,7 @@ import torch
 from moe_nvfp4.checkpoint import Checkpoint
 from moe_nvfp4.engine.orders import Sink
 from moe_nvfp4.generation import Answer, Increment
-from moe_nvfp4.launch.rendezvous import Place, join, open_store
+from moe_nvfp4.launch.rendezvous import Place, find_store, join, open_store
 from moe_nvfp4.preparation import Preparation
 from moe_nvfp4.runner import MoERunner
 from moe_nvfp4.sampling import SamplingParams
@@ -100,7 +100,7 @@ class ExpertWorker:
 
     def prepare(self, place: Place, model: str, settings: dict[str, Any]) -> Profile | None:
         """Joins the group, and checks and plans everything that can be before memory is taken."""
-        self._member = join(place, self.device, self._store)
+        self._member = join(place, self.device, self._store or find_store(place))
         settings = {**settings, "device": self.device, "max_waiting": NO_LIMIT, "ranks": self._member.ranks}
         settings["verbose"] = settings.get("verbose", True) and place.rank == 0
         self._prepared = MoERunner.prepare(model, **settings)

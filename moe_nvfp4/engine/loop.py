@@ -108,6 +108,17 @@ class Engine:
         return value
 
     @property
+    def failure(self) -> Exception | None:
+        """What ended the loop, other than `close`."""
+        return self._broken
+
+    def wait(self) -> None:
+        """Until the loop has ended; raises what ended it. For a rank that follows another."""
+        self._thread.join()
+        if self._broken is not None:
+            raise self._broken
+
+    @property
     def slots(self) -> int:
         return self.scheduler.limits.slots
 
