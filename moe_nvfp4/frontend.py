@@ -88,6 +88,7 @@ class Frontend:
                 max_new_tokens=params.max_new_tokens,
                 max_length=self.max_seq_len,
                 priority=params.priority,
+                stepwise=params.constraint is not None,
             ),
             sampler=Sampler(params, choice),
             detokenizer=IncrementalDetokenizer(
@@ -96,6 +97,7 @@ class Frontend:
             if self.tokenizer
             else None,
             started=time.perf_counter(),
+            matcher=self.prompts.matcher(params),
         )
         answer.resume(answered)
         return answer

@@ -7,6 +7,8 @@ from typing import Literal
 
 from moe_nvfp4.detokenize import IncrementalDetokenizer
 from moe_nvfp4.engine.scheduler import Sequence
+from moe_nvfp4.errors import RequestError
+from moe_nvfp4.grammar import Matcher
 from moe_nvfp4.kernels.sample import Logprobs
 from moe_nvfp4.sampling import Sampler, SamplingParams, check_peak
 
@@ -103,6 +105,7 @@ class Answer:
     sampler: Sampler
     detokenizer: IncrementalDetokenizer | None
     started: float
+    matcher: Matcher | None = None  # of an answer that follows a grammar
     new_ids: list[int] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -113,6 +116,8 @@ class Answer:
         self.sequence.tokens += token_ids  # beyond the prompt, as after a preemption
         self.new_ids += token_ids
         self.sampler.skip(len(token_ids))
+        for token_id in token_ids:
+            self._follow(token_id)
         if self.detokenizer is not None:
             self.text += map(self.detokenizer.push, token_ids)
 
@@ -121,7 +126,10 @@ class Answer:
     ) -> Increment:
         """Takes one token, row `row` of a step, and decides whether the answer ends with it."""
         params = self.params
+        if self.matcher is not None and peak == -math.inf:
+            raise RequestError(f"SamplingParams.{_kind(params)}: no token of this model's vocabulary fits here")
         check_peak(peak)
+        self._follow(token_id)
         now = time.perf_counter() - self.started
         self.first_token = self.first_token or now
         self.new_ids.append(token_id)
@@ -144,6 +152,10 @@ class Answer:
         completion = self._completion(finish, now) if finish else None
         return Increment(self.prompt, self.choice, text, (token_id,), completion, logprobs)
 
+    def _follow(self, token_id: int) -> None:
+        if self.matcher is not None and not self.matcher.accept(token_id):
+            raise RequestError(f"SamplingParams.{_kind(self.params)}: token {token_id} does not follow it")
+
     def _is_full(self) -> bool:
         length = self.sequence.prompt_length + len(self.new_ids)
         return len(self.new_ids) >= self.params.max_new_tokens or length >= self.sequence.max_length
@@ -156,6 +168,10 @@ class Answer:
             timing=Timing(self.first_token, now, self.sequence.prompt_length, len(self.new_ids), self.sequence.reused),
             logprobs=tuple(self.logprobs) if self.params.logprobs is not None else None,
         )
+
+
+def _kind(params: SamplingParams) -> str:
+    return params.constraint.kind if params.constraint else ""
 
 
 def _logprob(token_id: int, row: int, count: int, found: Logprobs) -> TokenLogprob:

@@ -16,6 +16,7 @@ from moe_nvfp4.engine.penalties import BYTES_PER_TOKEN
 from moe_nvfp4.engine.stepper import buckets_up_to
 from moe_nvfp4.errors import CheckpointError, RequestError
 from moe_nvfp4.expert_buffers import ExpertBuffers, num_experts
+from moe_nvfp4.grammar import Grammars
 from moe_nvfp4.kernels.fragments import fits_in_place
 from moe_nvfp4.kernels.linear import in_fragments
 from moe_nvfp4.layouts import Config
@@ -96,7 +97,8 @@ class Preparation:
             tokenizer = Tokenizer.load(checkpoint.folder)
             media = _media_tokens(checkpoint.config)
             self.eos_token_ids = _eos_token_ids(checkpoint, tokenizer)
-            self.prompts = PromptEncoder(tokenizer, config.vocab_size, limit, config.context_length, media)
+            grammars = Grammars(tokenizer, config.vocab_size, self.eos_token_ids) if tokenizer else None
+            self.prompts = PromptEncoder(tokenizer, config.vocab_size, limit, config.context_length, media, grammars)
             self.placement = self._place(placement, spare_experts, config)
             self.cache_settings = CacheSettings(
                 slots=slots,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_nvfp4.errors import RequestError
+from moe_nvfp4.grammar import Grammars, Matcher
 from moe_nvfp4.sampling import SamplingParams
 from moe_nvfp4.tokenizer import Tokenizer
 
@@ -30,6 +31,7 @@ class PromptEncoder:
     max_seq_len: int
     context_length: int
     media_tokens: Mapping[int, str] = field(default_factory=dict)  # placeholders: id -> image, video, audio
+    grammars: Grammars | None = None  # None: without a tokenizer
 
     def encode(self, prompts: Any, sampling: Any) -> Requests:
         many = _is_many(prompts)
@@ -56,6 +58,15 @@ class PromptEncoder:
             raise RequestError(f"SamplingParams.logit_bias: token {beyond[0]}; expected ids 0 to {self.vocab_size - 1}")
         if sampling.stop and self.tokenizer is None:
             raise RequestError("SamplingParams.stop: this checkpoint has no tokenizer; use stop_token_ids")
+        if sampling.constraint is not None:
+            if self.grammars is None:
+                raise RequestError(f"SamplingParams.{sampling.constraint.kind}: this checkpoint has no tokenizer")
+            self.grammars.check(sampling.constraint)
+
+    def matcher(self, sampling: SamplingParams) -> Matcher | None:
+        """Of an answer that has been checked."""
+        constraint = sampling.constraint
+        return None if constraint is None or self.grammars is None else self.grammars.matcher(constraint)
 
     def _ids(self, prompt: Any, where: str) -> list[int]:
         if not isinstance(prompt, str | Sequence) or isinstance(prompt, bytes):

@@ -11,17 +11,19 @@ import random
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from moe_nvfp4.errors import RequestError
+from moe_nvfp4.json_schema import checked_schema
 from moe_nvfp4.kernels.sample import SamplingRows
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIASES = 1024
 MAX_LOGPROBS = 1024  # bounds the size of a reply; the OpenAI API stops at 20
+MAX_REGEX, MAX_GRAMMAR = 4096, 50_000  # characters
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 
@@ -86,6 +88,19 @@ def _logit_bias(value: object) -> tuple[tuple[int, float], ...]:
     return tuple(checked)
 
 
+def _text(field: str, value: object, most: int) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= most:
+        raise _reject(field, value, f"None or a string of 1 to {most:,} characters")
+    return value
+
+
+class Constraint(NamedTuple):
+    """What an answer's text must follow."""
+
+    kind: Literal["json_schema", "regex", "grammar", "json_object"]
+    text: str
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """What one request asks for; every field is checked at construction and a bad one is a RequestError.
@@ -104,6 +119,13 @@ class SamplingParams:
     priority: smaller is served sooner; requests of one priority in the order they came.
     timeout: seconds after which an unfinished answer fails; None waits for ever.
     skip_special_tokens: leave special tokens, such as marks of tool calls in some models, out of the text.
+
+    One of these at most; they need the extra `grammar`. The answer's text follows it unless max_new_tokens or a stop
+    string cuts it.
+    json_schema: a mapping or JSON text; a schema that cannot be enforced is refused.
+    regex: a regular expression that the whole answer matches.
+    grammar: EBNF as xgrammar reads it, with a rule named root.
+    json_object: any JSON object.
     """
 
     max_new_tokens: int = 128
@@ -124,6 +146,10 @@ class SamplingParams:
     priority: int = 0
     timeout: float | None = None
     skip_special_tokens: bool = True
+    json_schema: str | None = None  # a mapping is taken too
+    regex: str | None = None
+    grammar: str | None = None
+    json_object: bool = False
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -155,8 +181,36 @@ class SamplingParams:
         if self.timeout is not None:
             expected = "None or a positive number of seconds"
             checked["timeout"] = _number("timeout", self.timeout, math.ulp(0.0), math.inf, expected)
+        checked |= self._checked_constraints()
         for field, value in checked.items():  # normalised copies: lists to tuples, NumPy scalars to Python's
             object.__setattr__(self, field, value)
+
+    def _checked_constraints(self) -> dict[str, Any]:
+        checked: dict[str, Any] = {"json_object": _flag("json_object", self.json_object)}
+        if self.json_schema is not None:
+            checked["json_schema"] = checked_schema(self.json_schema)
+        if self.regex is not None:
+            checked["regex"] = _text("regex", self.regex, MAX_REGEX)
+        if self.grammar is not None:
+            checked["grammar"] = _text("grammar", self.grammar, MAX_GRAMMAR)
+        given = [name for name, value in checked.items() if value]
+        if len(given) > 1:
+            raise RequestError(f"SamplingParams: got {' and '.join(sorted(given))}; expected one of them at most")
+        if given and self.ignore_eos:
+            raise RequestError(
+                f"SamplingParams: ignore_eos with {given[0]}; its answer ends with that token. Leave it out"
+            )
+        return checked
+
+    @property
+    def constraint(self) -> Constraint | None:
+        if self.json_object:
+            return Constraint("json_object", "")
+        if self.json_schema is not None:
+            return Constraint("json_schema", self.json_schema)
+        if self.regex is not None:
+            return Constraint("regex", self.regex)
+        return None if self.grammar is None else Constraint("grammar", self.grammar)
 
     @property
     def greedy(self) -> bool:

@@ -25,6 +25,7 @@ from moe_nvfp4.engine.scheduler import Scheduler, Sequence, Step
 from moe_nvfp4.engine.stepper import DecodeRow, Stepper, StepResult
 from moe_nvfp4.errors import DeadlineError, EngineError, QueueFullError, RequestError
 from moe_nvfp4.generation import Answer
+from moe_nvfp4.grammar import TokenMasks
 
 Result = TypeVar("Result")
 
@@ -224,18 +225,24 @@ class Engine:
                 stepper.penalties.begin(rows.sequence.slot, tokens[:prompt], tokens[prompt:], self.vocab_size)
         wanted = [answer.params.logprobs for answer in answers if answer.params.logprobs is not None]
         tops = max(wanted, default=None)
+        bound = [
+            (row, answer.matcher)
+            for row, (rows, answer) in enumerate(zip(step.rows, answers, strict=True))
+            if rows.samples and answer.matcher is not None
+        ]
+        masks = TokenMasks(*map(list, zip(*bound, strict=True))) if bound else None
         if step.decodes_only:
             rows_ = [DecodeRow(r.sequence.slot, r.start, a.params) for r, a in zip(step.rows, answers, strict=True)]
             greedy = all(answer.params.greedy for answer in answers)
             uniforms = None if greedy else [answer.sampler.uniform() for answer in answers]
-            result = stepper.decode(rows_, uniforms, tops)
+            result = stepper.decode(rows_, uniforms, tops, masks)
         else:
             pieces = [
                 Piece(r.sequence.slot, r.start, () if r.continues else r.sequence.tokens[r.start : r.start + r.count])
                 for r in step.rows
             ]
             samplers = [a.sampler if r.samples else None for r, a in zip(step.rows, answers, strict=True)]
-            result = stepper.mixed(pieces, samplers, tops)
+            result = stepper.mixed(pieces, samplers, tops, masks)
         for rows in step.rows:
             if rows.snapshot is not None:
                 cache.copy_states(rows.sequence.slot, cache.first_snapshot + rows.snapshot)
@@ -254,7 +261,7 @@ class Engine:
             answer, sink = self._open[sequence.ident]
             try:
                 increment = answer.advance(row, token_ids[row], peaks[row], flight.result.logprobs, self.eos_token_ids)
-            except FloatingPointError as error:
+            except (FloatingPointError, RequestError) as error:
                 self._fail(sequence, error)
                 continue
             if increment.completion is not None:

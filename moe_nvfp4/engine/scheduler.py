@@ -56,6 +56,7 @@ class Sequence:
     reused: int = 0  # tokens of the prompt that were not computed
     preemptions: int = 0
     done: bool = False
+    stepwise: bool = False  # its next token can be chosen only when the host has seen the last one
     answering: bool = False  # it has got a token in the slot it has now, and each of its rows is the next token
 
     def __post_init__(self) -> None:
@@ -178,6 +179,8 @@ class Scheduler:
             left = sequence.length - sequence.computed
             # A sequence may have given its place up to one before it, or wait for its last token to arrive.
             if sequence.slot < 0 or left == 0 or sequence.ends_by_length:
+                continue
+            if sequence.stepwise and sequence.in_flight:
                 continue
             if left == 1:
                 if self._grow(sequence, 1):

@@ -16,6 +16,7 @@ import torch
 from moe_nvfp4.batch import Batch, Piece
 from moe_nvfp4.cache import SequenceCache
 from moe_nvfp4.engine.penalties import Penalties
+from moe_nvfp4.grammar import TokenMasks
 from moe_nvfp4.kernels.rows import Rows, upload
 from moe_nvfp4.kernels.sample import Logprobs, Sampled, SamplingRows, logprobs, sample
 from moe_nvfp4.models import Model
@@ -132,7 +133,11 @@ class Stepper:
 
     @torch.inference_mode()
     def decode(
-        self, rows: Sequence[DecodeRow], uniforms: Sequence[float] | None = None, top_logprobs: int | None = None
+        self,
+        rows: Sequence[DecodeRow],
+        uniforms: Sequence[float] | None = None,
+        top_logprobs: int | None = None,
+        masks: TokenMasks | None = None,
     ) -> StepResult:
         """Launches one step and returns at once. `uniforms`: the random number of each row; none for greedy rows."""
         size = self._bucket(len(rows)) if self.device.type == "cuda" else len(rows)
@@ -151,17 +156,21 @@ class Stepper:
         assert buffers.sampled is not None and buffers.logits is not None
         count = len(rows)
         sampled = Sampled(*(part[:count] for part in buffers.sampled))
-        if any(row.params.changes_logits for row in rows):
+        if masks is not None or any(row.params.changes_logits for row in rows):
             wanted = SamplingRows(*(part[:count] for part in buffers.sampling))
             slots, params = [row.slot for row in rows], [row.params for row in rows]
-            sampled = self._sample_changed(buffers.logits[:count], wanted, slots, params)
+            sampled = self._sample_changed(buffers.logits[:count], wanted, slots, params, masks)
             self.last_tokens.index_copy_(0, buffers.rows.slots[:count].long(), sampled.token_ids)
         tops = None if top_logprobs is None else logprobs(buffers.logits[:count], sampled.token_ids, top_logprobs)
         return _in_flight(sampled, tops)
 
     @torch.inference_mode()
     def mixed(
-        self, pieces: Sequence[Piece], samplers: Sequence[Sampler | None], top_logprobs: int | None = None
+        self,
+        pieces: Sequence[Piece],
+        samplers: Sequence[Sampler | None],
+        top_logprobs: int | None = None,
+        masks: TokenMasks | None = None,
     ) -> StepResult:
         """Chunks of prompts and next tokens in one step; a piece of one next token has no ids of its own: it takes the
         token that its sequence got last. A result for every piece, to be ignored where the sampler is None."""
@@ -174,8 +183,10 @@ class Stepper:
         logits = self.model.logits(self.model.forward(batch, self.cache)[batch.last_rows])
         wanted, targets = sampling_rows(samplers, self.device), [piece.slot for piece in pieces]
         params = [SamplingParams() if sampler is None else sampler.params for sampler in samplers]
-        changes = any(one.changes_logits for one in params)
-        sampled = self._sample_changed(logits, wanted, targets, params) if changes else sample(logits, wanted)
+        if masks is not None or any(one.changes_logits for one in params):
+            sampled = self._sample_changed(logits, wanted, targets, params, masks)
+        else:
+            sampled = sample(logits, wanted)
         giving = [index for index, sampler in enumerate(samplers) if sampler is not None]
         if giving:
             places, lines = upload([giving, [targets[index] for index in giving]], self.device)
@@ -183,15 +194,25 @@ class Stepper:
         return _in_flight(sampled, None if top_logprobs is None else logprobs(logits, sampled.token_ids, top_logprobs))
 
     def _sample_changed(
-        self, logits: torch.Tensor, wanted: SamplingRows, slots: Sequence[int], params: Sequence[SamplingParams]
+        self,
+        logits: torch.Tensor,
+        wanted: SamplingRows,
+        slots: Sequence[int],
+        params: Sequence[SamplingParams],
+        masks: TokenMasks | None,
     ) -> Sampled:
-        """Tokens where some rows have penalties or biases."""
+        """Tokens where some rows have penalties or biases, or follow a grammar."""
         changed = [index for index, one in enumerate(params) if one.changes_logits]
         theirs = [slots[index] for index in changed]
         (rows,) = (part.long() for part in upload([changed], self.device))
-        adjusted = self.penalties.apply(logits[rows], theirs, [params[index] for index in changed])
-        sampled = sample(logits.float().index_copy(0, rows, adjusted), wanted)
-        self.penalties.count(theirs, sampled.token_ids[rows])
+        logits = logits.to(torch.float32, copy=True)
+        if changed:
+            logits.index_copy_(0, rows, self.penalties.apply(logits[rows], theirs, [params[i] for i in changed]))
+        if masks is not None:
+            masks.exclude(logits)
+        sampled = sample(logits, wanted)
+        if changed:
+            self.penalties.count(theirs, sampled.token_ids[rows])
         return sampled
 
     def _run(self, buffers: StepBuffers) -> None:
