@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from moe_nvfp4.errors import DeadlineError, EngineError, QueueFullError, RequestError
+from moe_nvfp4.errors import DeadlineError, EngineError, MoeNvfp4Error, QueueFullError, RequestError
 
 log = logging.getLogger("moe_nvfp4.http")
 # Names of SamplingParams that the API calls otherwise.
@@ -102,6 +102,10 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def _(_: Request, error: ApiError) -> Response:
         return error.response()
+
+    @app.exception_handler(MoeNvfp4Error)
+    async def _(_: Request, error: MoeNvfp4Error) -> Response:
+        return api_error(error).response()
 
     @app.exception_handler(RequestValidationError)
     async def _(_: Request, error: RequestValidationError) -> Response:

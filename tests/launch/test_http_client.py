@@ -1,0 +1,262 @@
+"""The `openai` client against a real server with a tiny model: what it asks for, it gets, and it equals the runner's
+own answer."""
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from serving import HERMES, Serving, demo_runner, demo_with, serving
+
+from moe_nvfp4.sampling import SamplingParams
+
+GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True}}
+HELLO: Any = [{"role": "user", "content": "Hello there"}]
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "What it is like outside",
+        "parameters": {
+            "type": "object",
+            "properties": {"days": {"type": "integer"}, "exact": {"type": "boolean"}},
+            "required": ["days", "exact"],
+            "additionalProperties": False,
+        },
+    },
+}
+NOW: Any = {"type": "function", "function": {"name": "now"}}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    folder = demo_with(tmp_path_factory.mktemp("client") / "tools", HERMES)
+    with demo_runner() as plain, demo_runner(folder) as tools, serving({"demo": plain, "tools": tools}) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def client(served: Serving) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0, timeout=60) as client:
+        yield client
+
+
+def offline(served: Serving, prompt: Any, **fields: Any) -> Any:
+    return served.runners["demo"].generate(prompt, SamplingParams(ignore_eos=True, **fields))
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["demo", "tools"]
+    assert client.models.retrieve("tools").id == "tools"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("org/other")
+    assert caught.value.code == "model_not_found" and caught.value.param == "model"
+
+
+@pytest.mark.parametrize("prompt", ["Once upon", ["Once upon", "a b c"], [5, 6, 7], [[5, 6, 7], [8], [9, 10]]])
+def test_completions(served: Serving, client: openai.OpenAI, prompt: Any) -> None:
+    found = client.completions.create(model="demo", prompt=prompt, max_tokens=9, **GREEDY)
+    expected = offline(served, prompt, max_new_tokens=9)
+    expected = expected if isinstance(expected, list) else [expected]
+    assert [choice.text for choice in found.choices] == [one.text for one in expected]
+    assert [choice.index for choice in found.choices] == list(range(len(expected)))
+    assert {choice.finish_reason for choice in found.choices} == {"length"}
+    assert found.usage is not None
+    assert found.usage.prompt_tokens == sum(len(one.prompt_token_ids) for one in expected)
+    assert found.usage.completion_tokens == 9 * len(expected)
+
+
+def test_completion_options(served: Serving, client: openai.OpenAI) -> None:
+    options: Any = {"temperature": 0.8, "top_p": 0.9, "seed": 7, "presence_penalty": 1.0, "frequency_penalty": 0.5}
+    own = {"top_k": 50, "min_p": 0.01, "repetition_penalty": 1.1, "ignore_eos": True}
+    found = client.completions.create(
+        model="demo", prompt="Once", max_tokens=8, n=3, echo=True, logit_bias={"40": 3}, **options, extra_body=own
+    )
+    params = {**options, **own, "logit_bias": {40: 3}, "max_new_tokens": 8, "n": 3}
+    params.pop("ignore_eos")
+    expected = offline(served, "Once", **params).completions
+    assert [choice.text for choice in found.choices] == ["Once" + one.text for one in expected]
+    assert len({choice.text for choice in found.choices}) == 3
+    stop = expected[0].text[6:9]
+    cut = client.completions.create(
+        model="demo", prompt="Once", max_tokens=8, stop=[stop], logit_bias={"40": 3}, **options, extra_body=own
+    ).choices[0]
+    assert cut.finish_reason == "stop" and cut.text == expected[0].text[: expected[0].text.index(stop)]
+
+
+def test_completion_logprobs(served: Serving, client: openai.OpenAI) -> None:
+    found = client.completions.create(model="demo", prompt="Once", max_tokens=12, logprobs=3, **GREEDY).choices[0]
+    expected = offline(served, "Once", max_new_tokens=12, logprobs=3)
+    logprobs = found.logprobs
+    assert logprobs is not None and logprobs.tokens and logprobs.top_logprobs and logprobs.text_offset
+    assert logprobs.token_logprobs == pytest.approx([one.logprob for one in expected.logprobs])
+    assert [max(top.values()) for top in logprobs.top_logprobs] == pytest.approx(logprobs.token_logprobs)
+    starts = zip(logprobs.text_offset, logprobs.tokens, strict=True)
+    assert all(found.text.startswith(token, at) for at, token in starts if "\ufffd" not in found.text[: at + 1])
+
+
+def test_completion_stream(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "demo", "prompt": [[5, 6], [7, 8]], "max_tokens": 8, "n": 2, "seed": 3, "logprobs": 1}
+    whole = client.completions.create(**asked)
+    texts, finish, logprobs = [""] * 4, [""] * 4, [[] for _ in range(4)]
+    for chunk in client.completions.create(**asked, stream=True, echo=False):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            finish[choice.index] = choice.finish_reason or ""
+            logprobs[choice.index] += (choice.logprobs and choice.logprobs.token_logprobs) or []
+    assert texts == [choice.text for choice in whole.choices]
+    assert finish == [choice.finish_reason for choice in whole.choices]
+    assert logprobs == [choice.logprobs and choice.logprobs.token_logprobs for choice in whole.choices]
+
+
+def test_chat(served: Serving, client: openai.OpenAI) -> None:
+    found = client.chat.completions.create(
+        model="demo", messages=HELLO, max_completion_tokens=10, logprobs=True, top_logprobs=2, **GREEDY
+    )
+    expected = offline(served, HELLO, max_new_tokens=10, logprobs=2)
+    choice = found.choices[0]
+    assert choice.message.content == expected.text and choice.message.role == "assistant"
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    content = choice.logprobs.content
+    assert b"".join(bytes(one.bytes or []) for one in content).decode("utf-8", "replace") == expected.text
+    assert [one.logprob for one in content] == pytest.approx([one.logprob for one in expected.logprobs])
+    assert all(len(one.top_logprobs) == 2 for one in content)
+    assert found.usage is not None and found.usage.prompt_tokens == len(expected.prompt_token_ids)
+
+
+def test_chat_stream(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "demo", "messages": HELLO, "max_tokens": 10, "n": 3, "seed": 5, "logprobs": True}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert len({chunk.id for chunk in chunks}) == 1
+    for index, choice in enumerate(whole.choices):
+        mine = [one for chunk in chunks for one in chunk.choices if one.index == index]
+        assert mine[0].delta.role == "assistant"
+        assert "".join(one.delta.content or "" for one in mine) == choice.message.content
+        assert mine[-1].finish_reason == choice.finish_reason
+        streamed = [one for part in mine if part.logprobs for one in part.logprobs.content or []]
+        assert choice.logprobs is not None and streamed == choice.logprobs.content
+
+
+def test_a_second_turn_reuses_the_first(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "word " * 120}]
+    first = client.chat.completions.create(model="demo", messages=messages, max_tokens=4, **GREEDY)
+    messages += [{"role": "assistant", "content": first.choices[0].message.content}, *HELLO]
+    usage = client.chat.completions.create(model="demo", messages=messages, max_tokens=4, **GREEDY).usage
+    assert usage is not None and usage.prompt_tokens_details is not None
+    assert (usage.prompt_tokens_details.cached_tokens or 0) >= 64
+
+
+def test_fields_that_change_nothing_are_taken(client: openai.OpenAI) -> None:
+    found = client.chat.completions.create(
+        model="demo", messages=HELLO, max_tokens=2, user="me", store=False, metadata={"a": "b"}, service_tier="auto",
+        extra_body={"something_new": {"deep": [1]}},
+    )  # fmt: skip
+    assert found.choices
+
+
+def test_text_parts_and_developer(served: Serving, client: openai.OpenAI) -> None:
+    parts: Any = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
+    ]
+    plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one\ntwo"}]
+    found = client.chat.completions.create(model="demo", messages=parts, max_tokens=6, **GREEDY)
+    assert found.choices[0].message.content == offline(served, plain, max_new_tokens=6).text
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "param"),
+    [
+        ({"messages": []}, "at least 1 item", "messages"),
+        ({"messages": [{"role": "root", "content": "x"}]}, "Input should be", "messages.0.role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "expected", None),
+        ({"max_tokens": 0}, "greater than or equal to 1", "max_tokens"),
+        ({"temperature": -1}, "greater than or equal to 0", "temperature"),
+        ({"n": 100}, "at most 16", "n"),
+        ({"stop": ["x"] * 17}, "at most 16", "stop"),
+        ({"stop": "x" * 2000}, "at most 1,024", "stop"),
+        ({"logit_bias": {"5000": 1}}, "expected ids 0 to 1023", "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "match", "logit_bias.x.[key]"),
+        ({"top_logprobs": 3}, "needs logprobs true", None),
+        ({"tools": [NOW]}, "chat template knows none", "tools"),
+        ({"tool_choice": "required"}, "needs tools", None),
+        ({"functions": [{"name": "f"}]}, "use tools", "functions"),
+        ({"messages": [{"role": "user", "content": "x " * 3000}]}, "the model's context is 1,024", "messages"),
+        ({"model": "other"}, "not served here", "model"),
+        ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "leave it out", None),
+        ({"response_format": {"type": "json_schema"}}, "needs json_schema.schema", "response_format"),
+    ],
+)
+def test_bad_requests(client: openai.OpenAI, fields: dict[str, Any], message: str, param: str | None) -> None:
+    asked = {"model": "demo", "messages": HELLO, "max_tokens": 2} | fields
+    with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as caught:
+        client.post("/chat/completions", body=asked, cast_to=object)
+    assert message in caught.value.message and caught.value.param == param
+    assert caught.value.request_id and caught.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"best_of": 3}, "best_of"),
+        ({"suffix": "end"}, "suffix"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [2000]}, None),
+    ],
+)
+def test_bad_completions(client: openai.OpenAI, fields: dict[str, Any], param: str | None) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(**{"model": "demo", "prompt": "x", "max_tokens": 2, **fields})
+    assert caught.value.param == param
+
+
+def test_context_length_has_its_code(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="demo", prompt=[1] * 1024)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_timeout_of_the_client(served: Serving, client: openai.OpenAI) -> None:
+    """It gives up; the pages come back, which the fixture's end holds."""
+    before = served.value("moe_nvfp4_requests_total", outcome="cancelled")
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.2).completions.create(model="demo", prompt="x", max_tokens=1000, **GREEDY)
+    deadline = time.monotonic() + 5
+    while served.value("moe_nvfp4_requests_total", outcome="cancelled") == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_async_client_with_many_at_once(served: Serving) -> None:
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as client:
+            asks = [
+                client.completions.create(model="demo", prompt=[7 + i], max_tokens=5 + i % 4, **GREEDY)
+                for i in range(24)
+            ]
+            return [one.choices[0].text for one in await asyncio.gather(*asks)]
+
+    expected = [offline(served, [7 + i], max_new_tokens=5 + i % 4).text for i in range(24)]
+    assert asyncio.run(ask()) == expected
+
+
+def test_tools_are_shown_and_past_calls_too(served: Serving, client: openai.OpenAI) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"days": 2}'}}
+    messages: Any = [
+        *HELLO,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "sunny"},
+    ]
+    found = client.chat.completions.create(model="tools", messages=messages, tools=[WEATHER], max_tokens=3)
+    tokenizer = served.runners["tools"].tokenizer
+    assert tokenizer is not None and found.usage is not None
+    parsed = [*HELLO, {**messages[1], "tool_calls": [json.loads(json.dumps(call))]}, messages[2]]
+    parsed[1]["tool_calls"][0]["function"]["arguments"] = {"days": 2}
+    assert found.usage.prompt_tokens == len(tokenizer.encode_chat(parsed, tools=[WEATHER]))
+    assert found.choices[0].message.tool_calls is None, "a random model's text is no call"
