@@ -58,21 +58,26 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_serve)
 
 
-def _serve(arguments: argparse.Namespace) -> int:
+def names_and_settings(arguments: argparse.Namespace) -> tuple[list[str], "ServerSettings"]:
+    """What the models are called, and what the server allows."""
     from moe_nvfp4.launch.http_settings import ServerSettings
 
-    names = arguments.served_model_name or arguments.model
+    names: list[str] = arguments.served_model_name or arguments.model
     if len(names) != len(arguments.model) or len(set(names)) != len(names):
         raise RequestError(f"--served-model-name: got {names}; expected {len(arguments.model)} different names")
     given = {field.name: getattr(arguments, field.name, None) for field in fields(ServerSettings)}
     settings = ServerSettings(
         **{name: value for name, value in given.items() if value is not None} | {"api_keys": _keys(arguments)}
     )
+    return names, settings
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    names, settings = names_and_settings(arguments)
     if not arguments.quiet:
         logging.basicConfig(stream=sys.stderr, format="%(message)s")
         logging.getLogger("moe_nvfp4.http").setLevel(logging.INFO)
-    listener = _listen(arguments.host, arguments.port)
-    with listener:
+    with _listen(arguments.host, arguments.port) as listener:
         return asyncio.run(_run(arguments, names, settings, listener))
 
 

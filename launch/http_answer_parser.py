@@ -22,17 +22,19 @@ class AnswerParser:
     text is content. Reasoning loses the white space around it, content the white space before a call.
 
     `tools` None: no calls are looked for. `thinking`: the prompt has opened the reasoning already. `begun`: text of
-    the answer that the prompt held already.
+    the answer that the prompt held already. `closing`: what its grammar left out at its end.
     """
 
-    def __init__(self, dialect: Dialect, tools: Schemas | None, *, thinking: bool = False, begun: str = ""):
+    def __init__(
+        self, dialect: Dialect, tools: Schemas | None, *, thinking: bool = False, begun: str = "", closing: str = ""
+    ):
         self._dialect, self._tools = dialect, tools if dialect.call else None
         self._state: Literal["reasoning", "content", "call"] = "reasoning" if thinking else "content"
         self._may_think = dialect.think is not None and not thinking
         self._held = ""  # may be the beginning of a mark
         self._space = ""  # white space that is dropped if a mark follows
         self._at_start = thinking
-        self.calls = 0
+        self.calls, self._closing = 0, closing
         if begun:
             self.push(begun)
 
@@ -49,7 +51,7 @@ class AnswerParser:
 
     def finish(self, *, stopped: bool) -> list[Part]:
         """What was held back. `stopped`: the model ended the answer, so a call may lack its closing mark."""
-        parts: list[Part] = []
+        parts = self.push(self._closing) if stopped else []
         rest, self._held = self._held, ""
         if self._state == "call":
             self._end_call(rest, "", parts, complete=stopped)

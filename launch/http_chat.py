@@ -9,6 +9,7 @@ from fastapi import Request, Response
 
 from moe_nvfp4.generation import Increment, TokenLogprob
 from moe_nvfp4.launch.http_answer_parser import AnswerParser, Text
+from moe_nvfp4.launch.http_dialects import CallForm
 from moe_nvfp4.launch.http_errors import ApiError
 from moe_nvfp4.launch.http_guard import record_of
 from moe_nvfp4.launch.http_reply import Job, Reply, answer, chat_logprobs
@@ -29,49 +30,58 @@ async def chat(server: Server, request: Request, body: ChatRequest) -> Response:
     if tools and not dialect.call:
         raise ApiError(400, "tools: this model's chat template knows none; leave them out", param="tools")
     schemas = {tool.function.name: tool.function.parameters or {} for tool in tools} if tools else None
-    begun = _begun(body, dialect.call.forced) if tools and dialect.call else ""
+    begun, closing, held_to = _forced(body, dialect.call) if tools and dialect.call else ("", "", {})
     params = sampling_params(
         body,
         server.settings,
         max_new_tokens=body.max_completion_tokens or body.max_tokens or model.prompts.max_seq_len,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         **({"skip_special_tokens": False} if dialect.special else {}),
+        **held_to,
     )
 
     def encode() -> tuple[list[int], bool]:
         ids = tokenizer.encode_chat(
             [_for_template(message) for message in body.messages],
             tools=[tool.model_dump(exclude_none=True) for tool in tools] if tools else None,
-            template_arguments=_template_arguments(body, forced=bool(begun)),
+            template_arguments=_template_arguments(body, thinks=not begun and params.constraint is None),
             begun=begun,
         )
         model.check([ids], params, "messages")
         end = tokenizer.decode(ids[-8:], skip_special_tokens=False).rstrip()
-        return ids, dialect.think is not None and end.endswith(dialect.think[0])
+        opened = dialect.think is not None and end.endswith(dialect.think[0])
+        return ids, opened and params.constraint is None
 
     ids, thinking = await model.encode(encode)
-    parsers = [AnswerParser(dialect, schemas, thinking=thinking, begun=begun) for _ in range(params.n)]
+    parsers = [AnswerParser(dialect, schemas, thinking=thinking, begun=begun, closing=closing) for _ in range(params.n)]
     reply = ChatReply(model.name, ids, tokenizer, parsers, parallel=body.parallel_tool_calls is not False)
     return await answer(server, request, body, Job(model, [ids], params, reply))
 
 
-def _begun(body: ChatRequest, forced: str) -> str:
-    """How an answer begins that has to be a call."""
+def _forced(body: ChatRequest, form: CallForm) -> tuple[str, str, dict[str, Any]]:
+    """Of an answer that has to be a call: how it begins, how it ends, and what is between. Where the function is not
+    known yet, or its arguments are no JSON, only the beginning is sure."""
+    tools = {tool.function.name: tool.function for tool in body.tools or ()}
     if isinstance(body.tool_choice, NamedTool):
-        return forced.format(name=body.tool_choice.function.name)
-    if body.tool_choice != "required" or not body.tools:
-        return ""
-    if len(body.tools) == 1:
-        return forced.format(name=body.tools[0].function.name)
-    return forced.format(name="\0").partition("\0")[0]
+        name = body.tool_choice.function.name
+    elif body.tool_choice == "required" and len(tools) == 1:
+        name = next(iter(tools))
+    else:
+        anything = form.forced.format(name="\0").partition("\0")[0]
+        return anything if body.tool_choice == "required" else "", "", {}
+    begun = form.forced.format(name=name)
+    if not form.closing:
+        return begun, "", {}
+    schema = tools[name].parameters
+    return begun, form.closing, {"json_schema": schema} if schema else {"json_object": True}
 
 
-def _template_arguments(body: ChatRequest, *, forced: bool) -> dict[str, Any]:
-    """What the request says, before what follows from its other fields."""
+def _template_arguments(body: ChatRequest, *, thinks: bool) -> dict[str, Any]:
+    """What the request says, before what follows from its other fields: a grammar leaves no room for reasoning."""
     arguments: dict[str, Any] = {}
     if body.reasoning_effort is not None:
         arguments["reasoning_effort"] = body.reasoning_effort
-    if body.reasoning_effort == "none" or forced:
+    if body.reasoning_effort == "none" or not thinks:
         arguments["enable_thinking"] = False
     return arguments | (body.chat_template_kwargs or {})
 

@@ -21,11 +21,13 @@ class Call:
 
 
 class CallForm(NamedTuple):
-    """`forced` is how a call begins, for requests that demand one."""
+    """`forced` is how a call begins, for requests that demand one. Where its arguments follow as plain JSON, they can
+    be held to the schema of the tool, and `closing` ends the call after them."""
 
     marks: tuple[str, str]
     read: Callable[[str, Schemas], Call | None]
     forced: str
+    closing: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +133,9 @@ def _call(name: Any, arguments: Any, schemas: Schemas) -> Call | None:
 # By what a template holds.
 THINK: Final = (("<|channel>", ("<|channel>thought", "<channel|>")), ("<think>", ("<think>", "</think>")))
 XML_MARKS: Final = ("<tool_call>", "</tool_call>")
+JSON_CALL: Final = '<tool_call>\n{{"name": "{name}", "arguments": '
 CALLS: Final = (
     ("<|tool_call>", CallForm(("<|tool_call>", "<tool_call|>"), read_gemma_call, "<|tool_call>call:{name}{{")),
     ("<function=", CallForm(XML_MARKS, read_xml_call, "<tool_call>\n<function={name}>\n")),
-    ("<tool_call>", CallForm(XML_MARKS, read_json_call, '<tool_call>\n{{"name": "{name}", "arguments": ')),
+    ("<tool_call>", CallForm(XML_MARKS, read_json_call, JSON_CALL, "}\n</tool_call>")),
 )

@@ -13,7 +13,12 @@ from moe_nvfp4.errors import DeadlineError, EngineError, MoeNvfp4Error, QueueFul
 
 log = logging.getLogger("moe_nvfp4.http")
 # Names of SamplingParams that the API calls otherwise.
-API_NAMES = {"max_new_tokens": "max_tokens", "logprobs": "top_logprobs"}
+API_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "logprobs": "top_logprobs",
+    "json_schema": "response_format",
+    "json_object": "response_format",
+}
 
 
 class ApiError(Exception):

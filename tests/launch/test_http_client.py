@@ -260,3 +260,69 @@ def test_tools_are_shown_and_past_calls_too(served: Serving, client: openai.Open
     parsed[1]["tool_calls"][0]["function"]["arguments"] = {"days": 2}
     assert found.usage.prompt_tokens == len(tokenizer.encode_chat(parsed, tools=[WEATHER]))
     assert found.choices[0].message.tool_calls is None, "a random model's text is no call"
+
+
+def arguments_of(call: Any) -> Any:
+    arguments = json.loads(call.function.arguments)
+    assert set(arguments) == {"days", "exact"}
+    assert type(arguments["days"]) is int and type(arguments["exact"]) is bool
+    return arguments
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_call_that_is_demanded(client: openai.OpenAI, choice: Any) -> None:
+    """Even a random model makes it, since its arguments are held to the schema."""
+    asked: Any = {"messages": HELLO, "tools": [WEATHER], "tool_choice": choice, "max_tokens": 200, "seed": 11, "n": 2}
+    whole = client.chat.completions.create(model="tools", **asked)
+    for one in whole.choices:
+        assert one.finish_reason == "tool_calls" and one.message.content is None and one.message.tool_calls
+        arguments_of(one.message.tool_calls[0])
+    built: list[dict[str, str]] = [{"name": "", "arguments": ""} for _ in range(2)]
+    for chunk in client.chat.completions.create(model="tools", **asked, stream=True):
+        for one in chunk.choices:
+            for part in one.delta.tool_calls or []:
+                assert part.index == 0 and part.function is not None
+                built[one.index]["name"] += part.function.name or ""
+                built[one.index]["arguments"] += part.function.arguments or ""
+    expected = [one.message.tool_calls[0].function for one in whole.choices if one.message.tool_calls]
+    assert built == [{"name": one.name, "arguments": one.arguments} for one in expected]
+
+
+def test_an_answer_with_calls_runs_through_the_clients_stream_helper(client: openai.OpenAI) -> None:
+    choice: Any = {"type": "function", "function": {"name": "weather"}}
+    with client.chat.completions.stream(
+        model="tools", messages=HELLO, tools=[WEATHER], tool_choice=choice, max_tokens=200, seed=3
+    ) as stream:
+        message = stream.get_final_completion().choices[0].message
+    assert message.tool_calls is not None
+    arguments_of(message.tool_calls[0])
+
+
+def test_json_schema(client: openai.OpenAI) -> None:
+    schema = WEATHER["function"]["parameters"]
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "weather", "schema": schema, "strict": True}}
+    for model in ("demo", "tools"):
+        found = client.chat.completions.create(
+            model=model, messages=HELLO, response_format=wanted, max_tokens=300, seed=2
+        ).choices[0]
+        assert found.finish_reason == "stop" and set(json.loads(found.message.content or "")) == {"days", "exact"}
+        assert getattr(found.message, "reasoning_content", None) is None
+    text = client.completions.create(
+        model="demo", prompt="x", max_tokens=300, seed=2, extra_body={"response_format": wanted}
+    ).choices[0]
+    assert set(json.loads(text.text)) == {"days", "exact"}
+
+
+def test_json_object(client: openai.OpenAI) -> None:
+    found = client.chat.completions.create(
+        model="demo", messages=HELLO, response_format={"type": "json_object"}, max_tokens=600, temperature=0
+    ).choices[0]
+    assert found.finish_reason == "length" or isinstance(json.loads(found.message.content or ""), dict)
+    assert (found.message.content or "").lstrip().startswith("{")
+
+
+def test_a_schema_that_cannot_be_enforced(client: openai.OpenAI) -> None:
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {"type": "string"}}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="demo", messages=HELLO, response_format=wanted)
+    assert caught.value.param == "response_format"
