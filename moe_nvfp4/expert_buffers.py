@@ -8,7 +8,7 @@ Every expert keeps its own gate, up and down global scales: merging them gives w
 """
 
 import ctypes
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -104,30 +104,11 @@ class ExpertBuffers:
         Scales are checked first, so a broken export fails before the buffers are allocated. `fragments`, on a GPU,
         re-orders each layer in place for the tensor-core kernels.
         """
-        found.require_complete(str(checkpoint.folder))
         placement = placement or Placement.even(found.experts, num_experts(found.layout))
-        local = {
-            layer: {name: [sources[e] for e in placement.local(layer, rank)] for name, sources in projections.items()}
-            for layer, projections in found.experts.items()
-        }
-        flat = [source for projections in local.values() for sources in projections.values() for source in sources]
-        require_nvfp4(flat)
-        globals_ = {source.name: global_multiplier(checkpoint, source) for source in flat}
-        check_block_scales(checkpoint, flat, readers)
-        layers: dict[int, LayerExperts] = {}
-        transfers: list[Transfer] = []
-        shapes = {block.layer: block.projections for block in found.layout.experts}
-        for layer, projections in local.items():
-            blocks = {}
-            for name, sources in projections.items():
-                values = [globals_[source.name] for source in sources]
-                blocks[name] = _allocate(shapes[layer][name], values, device)
-                transfers += _transfers(blocks[name], sources)
-            layers[layer] = _layer(blocks)
-        with Progress("experts", sum(t.source.nbytes for t in transfers), enabled=progress) as bar:
-            stream(checkpoint.files, transfers, readers=readers, progress=bar)
-        if fragments:
-            layers = {index: layer.in_fragments() for index, layer in layers.items()}
+        wanted = {layer: placement.local(layer, rank) for layer in found.experts}
+        layers = load_experts(
+            checkpoint, found, wanted, device=device, fragments=fragments, readers=readers, progress=progress
+        )
         return cls(layers, placement, rank, count_rows=count_rows)
 
     @classmethod
@@ -173,6 +154,41 @@ class ExpertBuffers:
         for name in infos:
             tensors.pop(name, None)  # global and input scales
         return cls(layers, placement, rank)
+
+
+def load_experts(
+    checkpoint: Checkpoint,
+    found: Survey,
+    wanted: Mapping[int, Sequence[int]],
+    *,
+    device: torch.device | str,
+    fragments: bool,
+    readers: int = DEFAULT_READERS,
+    progress: bool | None = None,
+) -> dict[int, LayerExperts]:
+    """Some experts of some layers, in the order of `wanted`. No byte of others is read."""
+    found.require_complete(str(checkpoint.folder))
+    local = {
+        layer: {name: [sources[e] for e in experts] for name, sources in found.experts[layer].items()}
+        for layer, experts in wanted.items()
+    }
+    flat = [source for projections in local.values() for sources in projections.values() for source in sources]
+    require_nvfp4(flat)
+    globals_ = {source.name: global_multiplier(checkpoint, source) for source in flat}
+    check_block_scales(checkpoint, flat, readers)
+    layers: dict[int, LayerExperts] = {}
+    transfers: list[Transfer] = []
+    shapes = {block.layer: block.projections for block in found.layout.experts}
+    for layer, projections in local.items():
+        blocks = {}
+        for name, sources in projections.items():
+            values = [globals_[source.name] for source in sources]
+            blocks[name] = _allocate(shapes[layer][name], values, device)
+            transfers += _transfers(blocks[name], sources)
+        layers[layer] = _layer(blocks)
+    with Progress("experts", sum(t.source.nbytes for t in transfers), enabled=progress) as bar:
+        stream(checkpoint.files, transfers, readers=readers, progress=bar)
+    return {index: layer.in_fragments() for index, layer in layers.items()} if fragments else layers
 
 
 def num_experts(layout: Layout) -> int:

@@ -98,12 +98,20 @@ class Ranks:
         if self.collectives is None:
             return [value[None] for value in values]
         lines, mine = (self.size, self.rank) if self.splits_rows else (1, 0)
-        whole = torch.zeros(len(values), lines, len(values[0]), dtype=torch.float32, device=values[0].device)
+        count = len(values[0])
+        width = -(-count // 4) * 4  # lines of 16 bytes
+        whole = torch.zeros(len(values), lines, width, dtype=torch.float32, device=values[0].device)
         if self.splits_rows or self.rank == 0:
             for line, value in zip(whole, values, strict=True):
-                line[mine].copy_(value)
-        whole = self.collectives.all_reduce(whole)
+                line[mine, :count].copy_(value)
+        whole = self.collectives.all_reduce(whole)[:, :, :count]
         return [line.to(value.dtype) for line, value in zip(whole, values, strict=True)]
+
+    def gather(self, rows: torch.Tensor, size: int) -> torch.Tensor:
+        """Of each rank so many rows, filled up with zeros."""
+        missing = rows.new_zeros(size - rows.shape[0], *rows.shape[1:])
+        assert self.collectives is not None
+        return self.collectives.all_gather(torch.cat((rows, missing)))
 
 
 ALONE = Ranks(0, 1, "replicated", torch.device("cpu"), None, None)

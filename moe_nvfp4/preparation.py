@@ -44,7 +44,7 @@ class Preparation:
 
     With `ranks` it is one rank's part of a group, in which all ranks prepare, load and step together. `placement` says
     which rank has which experts of each layer (default: even, a shared expert on all of them), or `spare_experts` gives
-    every rank so many replicas more, whose slots `ExpertMoves` may use otherwise. `count_experts`: count the rows of
+    every rank so many replicas more, whose slots `Rebalancing` may use otherwise. `count_experts`: count the rows of
     each expert. In a group `max_batch_size` counts the sequences of all ranks.
     """
 
@@ -77,6 +77,7 @@ class Preparation:
         if kv_dtype not in KV_DTYPES:
             raise RequestError(f"kv_dtype: got {kv_dtype!r:.40}; expected one of {', '.join(KV_DTYPES)}")
         self._checkpoint = checkpoint = Checkpoint.open(path_or_hub_id)
+        self.folder = checkpoint.folder
         try:
             self.config = config = model_config(checkpoint.config)
             limit = _limits(max_batch_size, max_seq_len, config.context_length)

@@ -3,6 +3,9 @@
 The token that a sequence got last stays on the device, under its slot, and the next step takes it from there. So a
 step can be launched before the tokens of the one before it have reached the host. There is a graph for each bucket of
 batch sizes; rows that fill a bucket up are padding, which reads and writes the cache's spare slot.
+
+In a group all ranks take a step together. Those that share rows go on with the tokens of rank 0. Where each has
+sequences of its own, every rank brings as many rows, padding included, and learns the tokens of all.
 """
 
 import sys
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from moe_nvfp4.batch import Batch, Piece
 from moe_nvfp4.cache import SequenceCache
@@ -20,6 +24,8 @@ from moe_nvfp4.grammar import TokenMasks
 from moe_nvfp4.kernels.rows import Rows, upload
 from moe_nvfp4.kernels.sample import Logprobs, Sampled, SamplingRows, logprobs, sample
 from moe_nvfp4.models import Model
+from moe_nvfp4.parallel import ALONE, Ranks
+from moe_nvfp4.routing.dispatch import StepRows
 from moe_nvfp4.sampling import Sampler, SamplingParams, sampling_rows
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -38,6 +44,15 @@ class DecodeRow(NamedTuple):
     params: SamplingParams
 
 
+class WholeStep(NamedTuple):
+    """A step of ranks that have sequences of their own: what all of them know of it."""
+
+    sequences: tuple[int, ...]  # of each rank
+    tokens: tuple[int, ...]  # rows of each rank
+    places: tuple[tuple[int, int], ...]  # where each result lies: rank, and index among that rank's sequences
+    changed: bool  # whether logits of any sequence are changed before its token is chosen
+
+
 class StepResult(NamedTuple):
     """One step's tokens on their way to the host."""
 
@@ -45,11 +60,15 @@ class StepResult(NamedTuple):
     peaks: torch.Tensor  # of the logits
     logprobs: Logprobs | None
     arrived: torch.cuda.Event | None
+    order: list[int] | None = None  # where the results lie, if not in their order; logprobs do
 
     def wait(self) -> tuple[list[int], list[float]]:
         if self.arrived is not None:
             self.arrived.synchronize()
-        return self.token_ids.tolist(), self.peaks.tolist()
+        token_ids, peaks = self.token_ids.tolist(), self.peaks.tolist()
+        if self.order is None:
+            return token_ids, peaks
+        return [token_ids[index] for index in self.order], [peaks[index] for index in self.order]
 
 
 @dataclass(slots=True)
@@ -60,16 +79,19 @@ class StepBuffers:
     flat: torch.Tensor  # int32 [fields, rows]
     rows: Rows
     sampling: SamplingRows
+    step: StepRows | None = None  # in a group
     next_rows: list[DecodeRow] | None = None  # for which the inputs are there already
+    live: tuple[int, ...] = ()  # rows of each rank, likewise
     graph: torch.cuda.CUDAGraph | None = None
-    sampled: Sampled | None = None
+    sampled: Sampled | None = None  # [lines, rows]: of each rank that has sequences of its own, else of this one
     logits: torch.Tensor | None = None
 
     FIELDS = ("position", "length", "slot", "live", "top_k", "temperature", "top_p", "min_p", "uniform")
     FIRST_FLOAT = 5
 
     @classmethod
-    def new(cls, rows: int, device: torch.device) -> "StepBuffers":
+    def new(cls, rows: int, device: torch.device, lines: int | None = None) -> "StepBuffers":
+        """`lines`: in a group, how many ranks bring rows of their own."""
         flat = torch.zeros(len(cls.FIELDS), -(-rows // 4) * 4, dtype=torch.int32, device=device)
         position, length, slot, _, top_k = (line[:rows] for line in flat[: cls.FIRST_FLOAT])
         temperature, top_p, min_p, uniform = (line[:rows] for line in flat[cls.FIRST_FLOAT :].view(torch.float32))
@@ -78,6 +100,7 @@ class StepBuffers:
             flat,
             Rows(position, slot, slot, every, length, decodes=rows, longest=1),
             SamplingRows(temperature, top_k, top_p, min_p, uniform),
+            None if lines is None else StepRows(rows, torch.zeros(lines, dtype=torch.int32, device=device)),
         )
 
     def fill(self, rows: Sequence[DecodeRow], spare_slot: int) -> None:
@@ -100,6 +123,11 @@ class StepBuffers:
         values = torch.cat((torch.tensor(ints, dtype=torch.int32), torch.tensor(floats).view(torch.int32)))
         self._copy(self.flat, values)
 
+    def set_live(self, live: tuple[int, ...]) -> None:
+        if self.step is not None and self.live != live:
+            self._copy(self.step.live_G, torch.tensor(live, dtype=torch.int32))
+            self.live = live
+
     def set_uniforms(self, uniforms: Sequence[float]) -> None:
         self._copy(self.sampling.uniform[: len(uniforms)], torch.tensor(uniforms))
 
@@ -119,8 +147,12 @@ class Stepper:
         buckets: Sequence[int],
         graphs: bool,
         verbose: bool,
+        ranks: Ranks = ALONE,
     ):
         self.model, self.cache, self.device, self.buckets = model, cache, device, sorted(buckets)
+        self.ranks = ranks
+        self._lines = ranks.size if ranks.splits_rows else 1  # ranks with sequences of their own
+        self._line = ranks.rank if ranks.splits_rows else 0
         self.penalties = Penalties(cache.slots, device)
         self.last_tokens = torch.zeros(cache.slots + 1, dtype=torch.int32, device=device)
         self._buffers: dict[int, StepBuffers] = {}
@@ -138,12 +170,15 @@ class Stepper:
         uniforms: Sequence[float] | None = None,
         top_logprobs: int | None = None,
         masks: TokenMasks | None = None,
+        whole: WholeStep | None = None,
     ) -> StepResult:
         """Launches one step and returns at once. `uniforms`: the random number of each row; none for greedy rows."""
-        size = self._bucket(len(rows)) if self.device.type == "cuda" else len(rows)
+        live = (len(rows),) if whole is None else whole.sequences
+        size = self._bucket(max(live)) if self.device.type == "cuda" else max(live)
         if size not in self._buffers:
-            self._buffers[size] = StepBuffers.new(size, self.device)
+            self._buffers[size] = self._new_buffers(size)
         buffers = self._buffers[size]
+        buffers.set_live(live)
         if buffers.next_rows != rows:
             buffers.fill(rows, self.cache.spare_slot)
         if uniforms is not None:
@@ -154,15 +189,17 @@ class Stepper:
             self._run(buffers)
         buffers.next_rows = [row._replace(position=row.position + 1) for row in rows]
         assert buffers.sampled is not None and buffers.logits is not None
-        count = len(rows)
-        sampled = Sampled(*(part[:count] for part in buffers.sampled))
-        if masks is not None or any(row.params.changes_logits for row in rows):
-            wanted = SamplingRows(*(part[:count] for part in buffers.sampling))
-            slots, params = [row.slot for row in rows], [row.params for row in rows]
-            sampled = self._sample_changed(buffers.logits[:count], wanted, slots, params, masks)
-            self.last_tokens.index_copy_(0, buffers.rows.slots[:count].long(), sampled.token_ids)
-        tops = None if top_logprobs is None else logprobs(buffers.logits[:count], sampled.token_ids, top_logprobs)
-        return _in_flight(sampled, tops)
+        sampled = buffers.sampled
+        changed = masks is not None or any(row.params.changes_logits for row in rows)
+        if changed or (whole is not None and whole.changed):
+            own = Sampled(*(part[self._line] for part in sampled))
+            if changed:
+                params = [row.params for row in rows] + [SamplingParams()] * (size - len(rows))
+                slots = [row.slot for row in rows] + [self.cache.spare_slot] * (size - len(rows))
+                own = self._sample_changed(buffers.logits, buffers.sampling, slots, params, masks)
+            sampled = self._share(own, size)
+            self.last_tokens.index_copy_(0, buffers.rows.slots.long(), sampled.token_ids[self._line])
+        return self._results(sampled, buffers.logits, top_logprobs, len(rows), whole)
 
     @torch.inference_mode()
     def mixed(
@@ -171,11 +208,15 @@ class Stepper:
         samplers: Sequence[Sampler | None],
         top_logprobs: int | None = None,
         masks: TokenMasks | None = None,
+        whole: WholeStep | None = None,
     ) -> StepResult:
         """Chunks of prompts and next tokens in one step; a piece of one next token has no ids of its own: it takes the
         token that its sequence got last. A result for every piece, to be ignored where the sampler is None."""
+        count = len(pieces)
+        if not pieces:  # other ranks have some
+            pieces, samplers = [Piece(self.cache.spare_slot, 0, (0,))], [None]
         known = [p if p.token_ids else p._replace(token_ids=(0,)) for p in pieces]
-        batch = Batch.of(known, self.device)
+        batch = Batch.of(known, self.device, self._step_rows(known, whole))
         continued = [index for index, piece in enumerate(pieces) if not piece.token_ids]
         if continued:
             places, slots = upload([continued, [pieces[index].slot for index in continued]], self.device)
@@ -187,11 +228,40 @@ class Stepper:
             sampled = self._sample_changed(logits, wanted, targets, params, masks)
         else:
             sampled = sample(logits, wanted)
+        sampled = self._share(sampled, len(pieces) if whole is None else max(whole.sequences))
         giving = [index for index, sampler in enumerate(samplers) if sampler is not None]
         if giving:
             places, lines = upload([giving, [targets[index] for index in giving]], self.device)
-            self.last_tokens.index_copy_(0, lines.long(), sampled.token_ids[places])
-        return _in_flight(sampled, None if top_logprobs is None else logprobs(logits, sampled.token_ids, top_logprobs))
+            self.last_tokens.index_copy_(0, lines.long(), sampled.token_ids[self._line][places])
+        return self._results(sampled, logits, top_logprobs, count, whole)
+
+    def _step_rows(self, pieces: Sequence[Piece], whole: WholeStep | None) -> StepRows | None:
+        if self.ranks.size == 1:
+            return None
+        live = [sum(len(piece.token_ids) for piece in pieces)] if whole is None else whole.tokens
+        (live_G,) = upload([live], self.device)
+        return StepRows(max(live), live_G)
+
+    def _share(self, sampled: Sampled, size: int) -> Sampled:
+        """[lines, size] of what all ranks go on with."""
+        missing = size - len(sampled.token_ids)
+        return Sampled(*self.ranks.share([F.pad(part, (0, missing)) if missing else part for part in sampled]))
+
+    def _results(
+        self, sampled: Sampled, logits: torch.Tensor, top: int | None, count: int, whole: WholeStep | None
+    ) -> StepResult:
+        """`count`: of this rank's rows, the first ones that matter."""
+        if whole is None:
+            sampled = Sampled(*(part[0, :count] for part in sampled))
+            return _in_flight(sampled, None if top is None else logprobs(logits[:count], sampled.token_ids, top))
+        size = sampled.token_ids.shape[1]
+        order = [rank * size + index for rank, index in whole.places]
+        tops = None
+        if top is not None:
+            own = logprobs(logits, sampled.token_ids[self._line][: len(logits)], top)
+            (places,) = upload([order], self.device)
+            tops = Logprobs(*(self.ranks.gather(part, size)[places] for part in own))
+        return _in_flight(Sampled(*(part.flatten() for part in sampled)), tops, order)
 
     def _sample_changed(
         self,
@@ -217,12 +287,15 @@ class Stepper:
 
     def _run(self, buffers: StepBuffers) -> None:
         slots = buffers.rows.slots
-        batch = Batch(self.last_tokens[slots], buffers.rows, buffers.rows.starts[:-1])
+        batch = Batch(self.last_tokens[slots], buffers.rows, buffers.rows.starts[:-1], buffers.step)
         buffers.logits = self.model.logits(self.model.forward(batch, self.cache))
-        buffers.sampled = sample(buffers.logits, buffers.sampling)
-        self.last_tokens[slots] = buffers.sampled.token_ids
+        buffers.sampled = self._share(sample(buffers.logits, buffers.sampling), len(slots))
+        self.last_tokens[slots] = buffers.sampled.token_ids[self._line]
         positions_and_lengths, live = buffers.flat[0:2], buffers.flat[3]
         positions_and_lengths.add_(live)
+
+    def _new_buffers(self, size: int) -> StepBuffers:
+        return StepBuffers.new(size, self.device, None if self.ranks.size == 1 else self._lines)
 
     def _bucket(self, rows: int) -> int:
         return next((size for size in self.buckets if size >= rows), rows)
@@ -231,7 +304,7 @@ class Stepper:
     def _capture_all(self, verbose: bool) -> None:
         began, pool = time.perf_counter(), torch.cuda.graph_pool_handle()
         for size in reversed(self.buckets):  # the largest first: the others fit in its memory
-            buffers = self._buffers[size] = StepBuffers.new(size, self.device)
+            buffers = self._buffers[size] = self._new_buffers(size)
             buffers.fill([], self.cache.spare_slot)
             stream = torch.cuda.Stream(self.device)
             stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -251,10 +324,10 @@ class Stepper:
             print(f"\rdecode graphs for batches of {sizes}: {seconds:.1f} s", file=sys.stderr)
 
 
-def _in_flight(sampled: Sampled, tops: Logprobs | None) -> StepResult:
+def _in_flight(sampled: Sampled, tops: Logprobs | None, order: list[int] | None = None) -> StepResult:
     """Copies of a step's results that the next step does not overwrite, on their way to the host."""
     if not sampled.token_ids.is_cuda:
-        return StepResult(sampled.token_ids.clone(), sampled.peaks.clone(), tops, None)
+        return StepResult(sampled.token_ids.clone(), sampled.peaks.clone(), tops, None, order)
 
     def to_host(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
@@ -263,4 +336,4 @@ def _in_flight(sampled: Sampled, tops: Logprobs | None) -> StepResult:
     token_ids, peaks = map(to_host, sampled)
     arrived = torch.cuda.Event()
     arrived.record()
-    return StepResult(token_ids, peaks, host, arrived)
+    return StepResult(token_ids, peaks, host, arrived, order)

@@ -93,7 +93,7 @@ def test_padding_rows_touch_only_the_spare_slot(runner: MoERunner) -> None:
         for step in range(70):  # beyond a page of the spare slot
             padded._run(buffers)
             assert buffers.sampled is not None
-            assert buffers.sampled.token_ids[:2].tolist() == alone[step]
+            assert buffers.sampled.token_ids[0, :2].tolist() == alone[step]
     assert buffers.rows.lengths.tolist() == [91, 91, 1, 1]
     for kv in padded.cache.kv.values():
         assert not kv.keys[kv.table[2:4].unique().long()].any()
