@@ -1,8 +1,9 @@
 """The scheduler against a clock that is a model: `moe-nvfp4 bench schedule`. No GPU and no torch.
 
-A decode step takes what one H200 took for Qwen3.6-35B-A3B (benchmarks/results/decode-qwen3.6-35b-h200.json), a mixed
-step 1 ms and 1/69,000 s a row, and never less than a decode step of as many rows. As in the engine's loop a step is
-planned before the tokens of the one before it have arrived. The host's own time is not in the clock.
+A decode step takes what one H200 took for Qwen3.6-35B-A3B (benchmarks/results/decode-qwen3.6-35b-h200.json). Prompts
+add what engine/cost.py says: all experts are read, and each row takes its time. No mixed step has been measured. As in
+the engine's loop a step is planned before the tokens of the one before it have arrived. The host's own time is not in
+the clock.
 """
 
 import heapq
@@ -11,11 +12,12 @@ import time
 from bisect import bisect
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, product
 from typing import Any, Final
 
-from moe_nvfp4.engine.scheduler import QueueFull, Rows, Scheduler, Step, check
+from moe_nvfp4.engine.cost import USUAL
+from moe_nvfp4.engine.scheduler import STRETCH, QueueFull, Rows, Scheduler, Step, check
 from moe_nvfp4.engine.scheduler import Sequence as Answer
 from moe_nvfp4.launch.schedule_traces import Request, scene
 
@@ -62,12 +64,17 @@ class Distribution:
 
 
 def step_seconds(step: Step) -> float:
-    rows = sum(part.count for part in step.rows)
-    decode = _decode_ms(rows)
-    return (decode if step.decodes_only else max(decode, 1 + rows / 69)) / 1e3
+    decodes = [part for part in step.rows if part.continues]
+    prompts = [part for part in step.rows if not part.continues]
+    milliseconds = _decode_ms(len(decodes)) + USUAL.decode_context * sum(part.start for part in decodes)
+    if prompts:
+        milliseconds += USUAL.untouched(len(decodes)) + sum(USUAL.prompt(part.start, part.count) for part in prompts)
+    return milliseconds / 1e3
 
 
 def _decode_ms(rows: int) -> float:
+    if rows == 0:
+        return USUAL.fixed
     place = min(bisect(DECODE_MS, (rows, math.inf)), len(DECODE_MS) - 1)
     (below, low), (above, high) = DECODE_MS[place - 1], DECODE_MS[place]
     return low + (high - low) * (min(rows, above) - below) / (above - below)
@@ -93,6 +100,7 @@ class Simulation:
     count: int
     every: int = 64
     seed: int = 0
+    stretch: float = STRETCH
     now: float = 0.0
     gpu_free: float = 0.0
     steps: int = 0
@@ -107,7 +115,7 @@ class Simulation:
 
     def run(self) -> dict[str, Any]:
         stage = scene(self.name, self.count, self.seed)
-        scheduler = Scheduler(stage.memory, stage.limits)
+        scheduler = Scheduler(stage.memory, replace(stage.limits, stretch=self.stretch))
         coming = next(stage.requests, None)
         while coming is not None or self.clients or self.flights:
             while coming is not None and coming.arrival <= self.now:
@@ -220,25 +228,26 @@ class Simulation:
 
 
 def bench_schedule(traces: Sequence[str], count: int, report: Callable[[str], None]) -> list[dict[str, Any]]:
-    """`count` requests in all, in equal parts."""
+    """`count` requests in all, in equal parts; each trace twice, the second time with prompts that are not cut for the
+    sake of those who answer."""
     results = []
-    head = f"{'trace':<12} {'ms':<15}{'p50':>10}{'p90':>10}{'p99':>10}{'max':>11}"
-    report(head)
+    report(f"{'trace':<12} {'ms':<24}{'p50':>10}{'p90':>10}{'p99':>10}{'max':>11}")
     for index, name in enumerate(traces):
-        results.append(
-            figures := Simulation(name, count * (index + 1) // len(traces) - count * index // len(traces)).run()
-        )
-        for kind in ("first_token", "between_tokens"):
-            times = figures[f"{kind}_ms"]
+        part = count * (index + 1) // len(traces) - count * index // len(traces)
+        results.append(figures := Simulation(name, part).run())
+        uncut = figures["uncut"] = Simulation(name, part, stretch=math.inf).run()
+        for which, kind in product(("", "uncut"), ("first_token", "between_tokens")):
+            times = (uncut if which else figures)[f"{kind}_ms"]
+            label = f"{kind.replace('_', ' ')}{which and ', ' + which}"
             line = "".join(f"{times[level]:>10,.1f}" for level in ("p50", "p90", "p99"))
-            report(
-                f"{name if kind == 'first_token' else '':<12} {kind.replace('_', ' '):<15}{line}{times['max']:>11,.1f}"
-            )
+            first = not which and kind == "first_token"
+            report(f"{name if first else '':<12} {label:<24}{line}{times['max']:>11,.1f}")
         reuse = 100 * figures["reused_tokens"] / max(1, figures["prompt_tokens"])
         ended = ", ".join(f"{number:,} {how}" for how, number in sorted(figures["ended"].items()))
         report(f"{'':<12} {ended}; {figures['preemptions']:,} preemptions, {reuse:.0f} % of prompts reused,")
         report(
-            f"{'':<12} {figures['steps']:,} steps, {figures['tokens_per_second']:,.0f} tok/s; "
-            f"planning took {figures['host_microseconds_per_step']:.0f} µs a step here"
+            f"{'':<12} {figures['steps']:,} steps; {figures['tokens_per_second']:,.0f} tok/s, uncut "
+            f"{uncut['tokens_per_second']:,.0f};"
         )
+        report(f"{'':<12} planning took {figures['host_microseconds_per_step']:.0f} µs a step here")
     return results

@@ -20,7 +20,8 @@ def plot(results: Sequence[dict[str, Any]]) -> str:
 
 def _panel(figures: dict[str, Any], left: float) -> str:
     """Which share of the times is at most so long."""
-    last = 10 ** math.ceil(math.log10(max(10 * FIRST, *(figures[kind]["max"] for _, kind, _ in CURVES))))
+    slowest = max(measured[kind]["max"] for measured in (figures, figures["uncut"]) for _, kind, _ in CURVES)
+    last = 10 ** math.ceil(math.log10(max(10 * FIRST, slowest)))
 
     def place(milliseconds: float, share: float) -> tuple[float, float]:
         across = math.log(max(milliseconds, FIRST) / FIRST) / math.log(last / FIRST)
@@ -37,12 +38,15 @@ def _panel(figures: dict[str, Any], left: float) -> str:
         parts.append(text(x, y + 16, f"{tick:g} ms" if tick < 1e3 else f"{tick / 1e3:g} s", "middle"))
         tick *= 10
     for row, (name, kind, colour) in enumerate(CURVES):
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(ms, share) for share, ms in figures[kind]["curve"]))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for measured, style in ((figures, 'stroke-width="2"'), (figures["uncut"], 'stroke-dasharray="3"')):
+            curve = (place(ms, share) for share, ms in measured[kind]["curve"])
+            points = " ".join(f"{x:.1f},{y:.1f}" for x, y in curve)
+            parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" {style}/>')
         y = HEIGHT - 12
         x = left + MARGIN + row * 150
         parts.append(f'<rect x="{x}" y="{y - 5}" width="14" height="3" fill="{colour}"/>')
         parts.append(text(x + 20, y, name))
+    parts.append(text(left + WIDTH - 10, 34, "dashed: prompts not cut for those who answer", "end"))
     return "".join(parts)
 
 

@@ -12,6 +12,7 @@ import torch
 from moe_nvfp4.batch import Batch, Piece
 from moe_nvfp4.cache import PAGE, SequenceCache
 from moe_nvfp4.engine import scheduler
+from moe_nvfp4.engine.cost import USUAL
 from moe_nvfp4.engine.lease import Lease
 from moe_nvfp4.engine.loop import Engine
 from moe_nvfp4.engine.orders import Build, Orders
@@ -157,5 +158,6 @@ def _scheduler(prepared: Preparation) -> scheduler.Scheduler:
         step_rows=prepared.step_rows,
         chunk=prepared.cache_settings.chunk,
         max_waiting=prepared.max_waiting,
+        cost=USUAL if prepared.fast else None,
     )
     return scheduler.Scheduler(memory, limits)

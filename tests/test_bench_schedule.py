@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_nvfp4.engine.cost import USUAL
 from moe_nvfp4.engine.scheduler import Rows, Sequence, Step
 from moe_nvfp4.launch import cli
 from moe_nvfp4.launch.bench_schedule import TRACES, Distribution, Simulation, step_seconds
@@ -50,9 +51,10 @@ def test_the_model_of_step_times() -> None:
 
     assert step_seconds(Step((rows(1, continues=True),))) == pytest.approx(1.54e-3)
     assert step_seconds(Step((rows(1, continues=True),) * 96)) == pytest.approx((9.58 + 13.59) / 2e3)
-    assert step_seconds(Step((rows(2048, continues=False),))) == pytest.approx(1e-3 + 2048 / 69_000)
-    mixed = Step((rows(1, continues=True),) * 63 + (rows(1, continues=False),))
-    assert step_seconds(mixed) == pytest.approx(9.58e-3), "rows of prompts read the same weights"
+    prefill = step_seconds(Step((rows(2048, continues=False),) * 2))
+    assert 4096 / prefill == pytest.approx(69_200, rel=0.01), "prompts of 2048 tokens in steps of 4096"
+    mixed = Step((rows(1, continues=True),) * 64 + (rows(512, continues=False),))
+    assert step_seconds(mixed) == pytest.approx(9.58e-3 + 512 * USUAL.prompt_row / 1e3, rel=0.1)
 
 
 @pytest.mark.parametrize("trace", TRACES)
@@ -68,5 +70,5 @@ def test_the_command(tmp_path: Path) -> None:
     files = ["--json", str(tmp_path / "s.json"), "--plot", str(tmp_path / "s.svg")]
     assert cli.main(["bench", "schedule", "--requests", "60", *files]) == 0
     assert [t["trace"] for t in json.loads((tmp_path / "s.json").read_text())["traces"]] == list(TRACES)
-    assert len(ET.parse(tmp_path / "s.svg").getroot().findall(".//{*}polyline")) == 6
+    assert len(ET.parse(tmp_path / "s.svg").getroot().findall(".//{*}polyline")) == 12
     assert cli.main(["bench", "schedule", "--requests", "2"]) == 2

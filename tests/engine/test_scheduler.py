@@ -2,16 +2,29 @@
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from scheduler_model import Server
 
+from moe_nvfp4.engine.cost import StepCost
 from moe_nvfp4.engine.scheduler import Limits, QueueFull, Scheduler, Sequence, check
 from moe_nvfp4.engine.sequence_memory import PageGroup, SequenceMemory
 
 PAGE = 4
+# A step of one answer takes 2, one more row 1 more: so small that the cut is felt in traces as small.
+COST = StepCost(
+    fixed=1,
+    experts=0,
+    left_out=0.5,
+    decode_row=1,
+    prompt_row=1,
+    decode_context=0,
+    prompt_context=0.01,
+    least_prompt_rows=1,
+)
 GROUPS = {
     "full": lambda pages: [PageGroup(pages)],
     "window": lambda pages: [PageGroup(pages), PageGroup(max(pages // 2, 10), 9)],
@@ -20,7 +33,7 @@ GROUPS = {
 
 
 def scheduler(
-    kind: str = "full", *, pages: int = 24, snapshots: int = 4, reuse: bool = True, **limits: int
+    kind: str = "full", *, pages: int = 24, snapshots: int = 4, reuse: bool = True, **limits: Any
 ) -> Scheduler:
     memory = SequenceMemory(GROUPS[kind](pages), PAGE, snapshots if kind == "states" else None, reuse=reuse)
     return Scheduler(memory, Limits(**{"slots": 4, "step_rows": 24, "chunk": 16, "max_waiting": 64} | limits))
@@ -38,7 +51,7 @@ class Trace:
     snapshots: int
     reuse: bool
     depth: int
-    limits: dict[str, int]
+    limits: dict[str, Any]
     seed: int
 
 
@@ -50,7 +63,12 @@ traces = st.builds(
     reuse=st.booleans() | st.just(True),
     depth=st.integers(1, 3),
     limits=st.fixed_dictionaries(
-        {"slots": st.integers(1, 6), "step_rows": st.integers(1, 40), "chunk": st.integers(1, 24)}
+        {
+            "slots": st.integers(1, 6),
+            "step_rows": st.integers(1, 40),
+            "chunk": st.integers(1, 24),
+            "cost": st.sampled_from([None, COST]),
+        }
     ),
     seed=st.integers(0, 2**32),
 )
@@ -174,6 +192,27 @@ def test_decode_rows_come_before_prompts() -> None:
     server.add(sequence(3, 60, 1))
     step = s.plan()
     assert step is not None and [r.count for r in step.rows] == [1, 1, 1, 3]
+
+
+def test_prompts_beside_answers_are_cut_to_the_time_they_may_take() -> None:
+    s = scheduler(cost=COST, stretch=3.0, step_rows=100, chunk=100, pages=200)
+    server = Server(s, 1)
+    server.add(sequence(0, 3, 40))
+    server.turn()
+    server.add(sequence(1, 60, 40))
+    server.add(sequence(2, 60, 40))
+    chunks = []
+    while s.waiting or not all(one.answering for one in s.running):
+        before = {one.ident: one.computed for one in server.sequences}
+        assert server.turn()
+        answering = sum(one.computed - before[one.ident] == 1 for one in server.sequences)
+        prompts = [one for one in server.sequences if one.computed - before[one.ident] > 1]
+        taken = sum(COST.prompt(before[one.ident], one.computed - before[one.ident]) for one in prompts)
+        assert taken <= 2 * COST.decodes(answering, 0)
+        chunks += [one.computed - before[one.ident] for one in prompts]
+    assert len(chunks) > 30 and max(chunks) <= 6
+    server.finish()
+    server.check_answers(set())
 
 
 def test_more_slots_than_rows() -> None:
