@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from moe_nvfp4.errors import EngineError, MoeNvfp4Error
 from moe_nvfp4.launch.rendezvous import Place
@@ -22,8 +23,9 @@ CLOSING_SECONDS: Final = 5.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupSettings:
-    """`device`: cuda, or cpu for ranks on CPUs. A rank whose engine does not move for `hang_seconds` is hung; a first
-    start may wait `placement_seconds` for its GPUs, and takes at most `load_seconds`."""
+    """`device`: cuda, or cpu for ranks on CPUs. A rank whose engine does not move for `hang_seconds` is hung. A first
+    start waits `placement_seconds` at most for its GPUs, and as long again for processes that run; any start takes at
+    most `load_seconds`."""
 
     gpus: int
     device: Literal["cuda", "cpu"] = "cuda"
@@ -65,22 +67,21 @@ class Workers:
         self._settings, self._group = settings, group
         began, options = time.monotonic(), settings.bundle
         actor = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(ExpertWorker)
-        self._actors = [
+        self.actors = [
             actor.options(
                 num_cpus=options["CPU"],
                 num_gpus=options.get("GPU", 0.0),
-                placement_group=group,
-                placement_group_bundle_index=rank,
-                placement_group_capture_child_tasks=False,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank),
                 max_restarts=0,
             ).remote()
             for rank in range(group.bundle_count)
         ]
-        self.size = len(self._actors)
+        self.size = len(self.actors)
         self._where: list[Whereabouts | None] = [None] * self.size
         self._turns: dict[int, tuple[int, float]] = {}
         try:
-            self._where = self._all("whereabouts", settings.device)
+            calls = [actor.whereabouts.remote(settings.device) for actor in self.actors]
+            self._where = self._gather(calls, settings.placement_seconds)
             for rank, where in enumerate(self._where):
                 report(f"rank {rank}: {where}")
             host, port = self._get(0, self.leader.meeting_point.remote())
@@ -88,11 +89,12 @@ class Workers:
                 Place(rank, self.size, host, port, settings.attention, settings.hang_seconds)
                 for rank in range(self.size)
             ]
-            calls = [a.prepare.remote(p, model, model_settings) for a, p in zip(self._actors, places, strict=True)]
-            profile, *_ = self._gather(calls)
+            calls = [a.prepare.remote(p, model, model_settings) for a, p in zip(self.actors, places, strict=True)]
+            profile, *_ = self._gather(calls, settings.load_seconds)
             assert isinstance(profile, Profile)
             self.profile = profile
-            self.load_seconds = max(self._all("load"))
+            loads = [actor.load.remote() for actor in self.actors]
+            self.load_seconds = max(self._gather(loads, settings.load_seconds))
             self._get(0, self.leader.first_token.remote())
         except BaseException:
             self.end()
@@ -102,7 +104,7 @@ class Workers:
 
     @property
     def leader(self) -> Any:
-        return self._actors[0]
+        return self.actors[0]
 
     def increments(self) -> Any:
         """Batches of what arrives at the leader."""
@@ -115,7 +117,7 @@ class Workers:
 
     def check(self) -> None:
         """Raises WorkerFailed when a rank is dead, has raised, or hangs. Takes as long as the ranks need to answer."""
-        calls = [actor.beat.options(concurrency_group="beats").remote() for actor in self._actors]
+        calls = [actor.beat.options(concurrency_group="beats").remote() for actor in self.actors]
         ray.wait(calls, num_returns=len(calls), timeout=self._settings.hang_seconds)
         beats = []
         for rank, call in enumerate(calls):
@@ -131,7 +133,7 @@ class Workers:
 
     def end(self) -> None:
         """At once, and gives the room back. A process that does not react is killed by its node's Ray after 5 s."""
-        for actor in self._actors:
+        for actor in self.actors:
             ray.kill(actor, no_restart=True)
         remove_placement_group(self._group)
 
@@ -150,15 +152,14 @@ class Workers:
                 stuck = min(self._turns, key=lambda rank: self._turns[rank])
                 raise self._failed(stuck, f"hangs: its engine has not moved for {now - since:.0f} s")
 
-    def _all(self, method: str, *arguments: Any) -> list[Any]:
-        return self._gather([getattr(actor, method).remote(*arguments) for actor in self._actors])
-
-    def _gather(self, calls: Sequence[Any]) -> list[Any]:
+    def _gather(self, calls: Sequence[Any], seconds: float) -> list[Any]:
         """The results of all ranks, or the first failure: the others may wait for the one that failed."""
-        waiting, deadline = list(calls), time.monotonic() + self._settings.load_seconds
+        waiting, deadline = list(calls), time.monotonic() + seconds
         while waiting:
             done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
-            for call in done or waiting[:1]:
+            if not done:
+                raise self._failed(calls.index(waiting[0]), f"hangs: it has not answered for {seconds:g} s")
+            for call in done:
                 self._get(calls.index(call), call)
         return list(ray.get(list(calls)))
 

@@ -1,0 +1,79 @@
+"""One Ray cluster for all tests, as `ray start` makes it: four CPUs, a dashboard that takes jobs."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+WORKER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    address: str
+    dashboard: str
+    environment: dict[str, str]
+    add_node: Callable[[], subprocess.Popen]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def ray_start(environment: dict[str, str], log: Path, *options: str) -> subprocess.Popen:
+    """A node that lives as long as this process."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *options]
+    with open(log, "wb") as out:
+        return subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+
+
+def stop(node: subprocess.Popen) -> None:
+    node.terminate()
+    try:
+        node.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        node.kill()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    ray = pytest.importorskip("ray", reason="needs the extra ray")
+    os.environ.update(WORKER_ENVIRONMENT)  # read by ray.init, and by nodes and workers that inherit it
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # the path of a Unix socket may have 107 bytes
+    port, dashboard = free_port(), free_port()
+    address, nodes = f"127.0.0.1:{port}", []
+    options = [f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=4", f"--temp-dir={folder}"]
+    options += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    nodes.append(ray_start(environment, folder / "head.log", "--head", *options))
+
+    def add_node() -> subprocess.Popen:
+        one = ray_start(environment, folder / f"node{len(nodes)}.log", f"--address={address}", "--num-cpus=1")
+        nodes.append(one)
+        return one
+
+    try:
+        deadline = time.monotonic() + 60
+        while "To terminate the Ray runtime" not in (log := (folder / "head.log").read_text()):
+            assert nodes[0].poll() is None and time.monotonic() < deadline, log
+            time.sleep(0.2)
+        ray.init(address=address, log_to_driver=False)
+        yield Cluster(address, f"http://127.0.0.1:{dashboard}", environment, add_node)
+        ray.shutdown()
+    finally:
+        for node in reversed(nodes):
+            stop(node)
+        shutil.rmtree(folder, ignore_errors=True)
