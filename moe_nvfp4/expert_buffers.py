@@ -78,7 +78,7 @@ class ExpertBuffers:
         """Multiplies what each logical expert of a layer gives. It goes into the global scale of the last projection,
         where it costs nothing, also of experts that come into the buffers later."""
         self.down_scales[layer] = scale_E = scale_E.float()
-        here = torch.tensor(self.placement.local(layer, self.rank), device=scale_E.device)
+        here = torch.tensor(self.placement.local(layer, self.rank), dtype=torch.long, device=scale_E.device)
         self.layers[layer].down.global_scale.mul_(scale_E[here])
 
     @property

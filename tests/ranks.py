@@ -5,9 +5,11 @@ import os
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -18,9 +20,13 @@ from moe_nvfp4.engine import scheduler
 from moe_nvfp4.engine.data_parallel import scheduler_of
 from moe_nvfp4.engine.launch import launch
 from moe_nvfp4.engine.stepper import Stepper
+from moe_nvfp4.errors import MoeNvfp4Error
 from moe_nvfp4.generation import Answer
+from moe_nvfp4.memory import MemoryPlan
 from moe_nvfp4.parallel import Ranks
 from moe_nvfp4.preparation import Preparation
+from moe_nvfp4.rebalancing import Rebalancing
+from moe_nvfp4.routing.placement import Placement
 from moe_nvfp4.sampling import Sampler, SamplingParams
 
 SECONDS = 120  # for one task; a rank that waits for another for ever is an error
@@ -32,7 +38,7 @@ class RankPool:
     def __init__(self, size: int, folder: Path):
         context = multiprocessing.get_context("spawn")
         before, os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS"), "1"
-        self._ends, self._processes = [], []
+        self.size, self._ends, self._processes = size, [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -52,10 +58,10 @@ class RankPool:
         results = []
         for rank, end in enumerate(self._ends):
             assert end.poll(SECONDS), f"rank {rank} did not answer"
-            succeeded, value = end.recv()
+            results.append(end.recv())
+        for rank, (succeeded, value) in enumerate(results):
             assert succeeded, f"rank {rank}:\n{value}"
-            results.append(value)
-        return results
+        return [value for _, value in results]
 
     def close(self) -> None:
         for end in self._ends:
@@ -67,7 +73,9 @@ class RankPool:
 
 def _serve(rank: int, size: int, store: str, end: Connection) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
+    patience = timedelta(seconds=SECONDS / 2)
+    files = dist.FileStore(store, size)
+    dist.init_process_group("gloo", store=files, rank=rank, world_size=size, timeout=patience)
     while (task := end.recv()) is not None:
         function, args, named = task
         try:
@@ -152,6 +160,16 @@ class Rank:
         return Answer(ident, 0, params, sequence, Sampler(params), None, 0.0)
 
 
+def one_thread(function: Callable[[], Any]) -> Any:
+    """As in the processes of a pool; tiny models are slower with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return function()
+    finally:
+        torch.set_num_threads(threads)
+
+
 def prepare(folder: Path, ranks: Ranks | None = None, **settings: Any) -> Preparation:
     defaults = {"device": "cpu", "dtype": "float32", "max_batch_size": 8, "max_seq_len": 256, "verbose": False}
     return Preparation(folder, **(defaults | {"ranks": ranks} | settings))
@@ -175,3 +193,50 @@ def answers_of(
     rank.scheduler.limits = replace(rank.scheduler.limits, chunk=chunk)
     answers = rank.generate(prompts, params, late=len(prompts) // 2)
     return [tuple(a.new_ids) for a in answers], [a.logprobs for a in answers], rank.logits(prompts[0])
+
+
+def answers_while_experts_move(
+    folder: Path,
+    attention: str,
+    placements: Sequence[Placement],
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    **settings: Any,
+) -> tuple[list[tuple[int, ...]], list[dict[int, list[int]]]]:
+    """Every fourth step the next placement is taken. Tokens, and rows of the experts before each move and after all."""
+    rank = Rank(folder, join(attention), count_experts=True, **settings)
+    rebalancing, coming, counts = Rebalancing(rank.prepared, rank.experts), list(placements), []
+    lies = [layer.up.codes.data_ptr() for layer in rank.experts.layers.values()]
+
+    def between(step: int) -> None:
+        if coming and step % 4 == 3:
+            counts.append(rank.experts.tables.take_counts())
+            placement = coming.pop(0)
+            for moves in rebalancing.moves(placement):
+                rebalancing.replace(placement, moves, rebalancing.read(moves))
+
+    answers = rank.generate(prompts, params, late=len(prompts) // 2, between=between)
+    assert not coming and rank.experts.placement == placements[-1]
+    assert lies == [layer.up.codes.data_ptr() for layer in rank.experts.layers.values()]
+    counts.append(rank.experts.tables.take_counts())
+    return [tuple(a.new_ids) for a in answers], counts
+
+
+def refusal(folder: Path, attention: str, **settings: Any) -> str:
+    try:
+        prepare(folder, join(attention), **settings).close()
+    except (MoeNvfp4Error, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def plan_of(folder: Path, attention: str, available: Sequence[int]) -> MemoryPlan | str:
+    """Where each rank has so many bytes left; or what it is told."""
+    ranks = join(attention)
+    with patch("moe_nvfp4.memory.available_bytes", lambda _: available[ranks.rank]):
+        try:
+            prepared = prepare(folder, ranks)
+        except MoeNvfp4Error as error:
+            return str(error)
+    prepared.close()
+    return prepared.plan

@@ -1,12 +1,14 @@
 """Two and four ranks give what one gives: three architectures, three ways to share attention out, any placement."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 from model_checks import tiny_model
-from ranks import RankPool, answers_of
+from ranks import RankPool, answers_of, one_thread
 
 from moe_nvfp4.kernels.nvfp4 import relative_error
 from moe_nvfp4.sampling import SamplingParams
@@ -29,11 +31,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def alone(folders: dict[str, Path]) -> dict[str, tuple]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny models are slower with more
-    expected = {key: answers_of(folder, None, PROMPTS, GREEDY) for key, folder in folders.items()}
-    torch.set_num_threads(threads)
-    return expected
+    return one_thread(lambda: {key: answers_of(folder, None, PROMPTS, GREEDY) for key, folder in folders.items()})
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -53,3 +51,25 @@ def test_equal_to_one_rank(pool: RankPool, folders: dict, alone: dict, model: st
         assert relative_error(their_logits, logits) < 1e-5
         if attention != "data":
             assert torch.equal(their_logits, results[0][2]), "ranks would not sample the same tokens"
+
+
+def test_sampling_is_the_same_too(pool: RankPool, folders: dict) -> None:
+    """Seeds, penalties, biases and logprobs, of sequences of all ranks in one step."""
+    base = SamplingParams(max_new_tokens=6, ignore_eos=True)
+    params = [
+        replace(base, temperature=0.9, seed=3),
+        replace(base, logprobs=2),
+        replace(base, repetition_penalty=1.3, frequency_penalty=0.4),
+        replace(base, temperature=1.1, top_k=40, seed=5, logprobs=0),
+        replace(base, logit_bias={7: 9.0}, max_new_tokens=3),
+        replace(base, temperature=0.7, top_p=0.8, seed=8),
+    ]
+    tokens, logprobs, _ = one_thread(lambda: answers_of(folders["qwen3"], None, PROMPTS, params))
+    assert len(logprobs[1]) == 6 and len(logprobs[1][0].top) == 2
+    for attention in ("replicated", "data") if pool.size == 2 else ("data",):
+        for theirs, their_logprobs, _ in pool.run(answers_of, folders["qwen3"], attention, PROMPTS, params):
+            assert theirs == tokens
+            for mine, other in zip(chain(*logprobs), chain(*their_logprobs), strict=True):
+                assert mine.token_id == other.token_id
+                assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
+                assert [token for token, _ in mine.top] == [token for token, _ in other.top]
