@@ -1,6 +1,8 @@
 """The simulation of balance: its loads are what they say, and its figures agree with each other."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from moe_nvfp4.launch import cli
 from moe_nvfp4.launch.bench_balance import TRACES, Model, plain_greedy, popularity, run_trace, windows
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = Model(3, 64, 8)
 SIMILAR = ("uniform", "zipf 0.4", "domains")  # what was placed for one window is little better for the next
 
@@ -55,3 +58,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "4 ranks, 64 + 1 slots" in printed and f"{results[1]['first_window']['after']:.3f}" in printed
     assert cli.main(["bench", "balance", "--trace", "weekly"]) == 2
     assert "--trace: got 'weekly'; expected all or one of uniform" in capsys.readouterr().err
+
+
+def test_the_plot_is_of_the_committed_figures(tmp_path: Path) -> None:
+    drawn = tmp_path / "balance.svg"
+    script, figures = ROOT / "benchmarks/plot_balance.py", ROOT / "benchmarks/results/balance.json"
+    subprocess.run([sys.executable, script, figures, drawn], check=True, timeout=120)
+    assert drawn.read_text() == (ROOT / "benchmarks/balance.svg").read_text()
