@@ -22,6 +22,7 @@ from moe_nvfp4.engine.orders import Sink
 from moe_nvfp4.errors import EngineError, MoeNvfp4Error, QueueFullError
 from moe_nvfp4.frontend import Frontend
 from moe_nvfp4.generation import Answer, Increment, Timing
+from moe_nvfp4.grammar import Grammars
 from moe_nvfp4.launch.group_workers import BEAT_EVERY, GroupSettings, WorkerFailed, Workers, connect, place
 from moe_nvfp4.launch.worker import Profile, Request
 from moe_nvfp4.prompts import PromptEncoder
@@ -73,6 +74,11 @@ class GroupEngine:
     @property
     def slots(self) -> int:
         return self.profile.slots
+
+    @property
+    def rebuilding(self) -> bool:
+        """Whether answers pause because the group has failed and is being built again."""
+        return self._workers is None and self._over is None and not self._closing.is_set()
 
     @property
     def workers(self) -> Workers:
@@ -158,6 +164,9 @@ class GroupEngine:
                 cancelled = [-1 - item for item in taken if item is not None and item < 0]
                 requests = [self._request(item) for item in taken if item is not None and item in self._open]
                 wanted = [request for request in requests if request is not None]
+                if bound := [request.params for request in wanted if request.params.constraint is not None]:
+                    for follower in self._workers.actors[1:]:
+                        follower.expect.remote(bound)
                 if wanted or cancelled:
                     self._workers.leader.take.remote(wanted, cancelled)
 
@@ -281,8 +290,14 @@ class GroupRunner(Frontend):
         profile = self.engine.profile
         self.max_seq_len, self.eos_token_ids = profile.max_seq_len, profile.eos_token_ids
         self.load_seconds = self.engine.load_seconds
+        tokenizer, vocabulary = _tokenizer(profile), profile.vocab_size
         self.prompts = PromptEncoder(
-            _tokenizer(profile), profile.vocab_size, profile.max_seq_len, profile.context_length, profile.media_tokens
+            tokenizer,
+            vocabulary,
+            profile.max_seq_len,
+            profile.context_length,
+            profile.media_tokens,
+            Grammars(tokenizer, vocabulary, profile.eos_token_ids) if tokenizer else None,
         )
 
     def close(self) -> None:

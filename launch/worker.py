@@ -116,6 +116,13 @@ class ExpertWorker:
         assert self.runner is not None
         self.runner.generate([0], SamplingParams(max_new_tokens=2, ignore_eos=True))
 
+    def expect(self, constraints: list[SamplingParams]) -> None:
+        """Compiles what answers will have to follow, before they come: a rank that compiles within a turn holds up all
+        of them."""
+        assert self.runner is not None
+        for params in constraints:
+            self.runner.prompts.matcher(params)
+
     def take(self, requests: list[Request], cancelled: list[int]) -> None:
         """Of rank 0: what clients want."""
         assert self.runner is not None

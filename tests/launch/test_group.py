@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from moe_nvfp4.synthesize import synthesize  # noqa: E402
 DEMO = Path(moe_nvfp4.__file__).parent / "demo"
 SIZES: dict[str, Any] = {"max_batch_size": 4, "max_seq_len": 512, "verbose": False}
 TEN = SamplingParams(max_new_tokens=10, ignore_eos=True)
-PROMPTS = [[1, 2, 3], list(range(70)), [9], [5, 6], list(range(40, 110))]
+PROMPTS = [[1, 2, 3], list(range(70)), [9], [5, 6], list(range(40, 110)), [8]]
 PARAMS = [
     SamplingParams(max_new_tokens=60, ignore_eos=True),
     SamplingParams(max_new_tokens=50, ignore_eos=True, temperature=0.9, seed=5, n=2),
     SamplingParams(max_new_tokens=60, ignore_eos=True, temperature=0.7, seed=6, logprobs=2),
     SamplingParams(max_new_tokens=60, ignore_eos=True, frequency_penalty=0.6, presence_penalty=0.3),
     SamplingParams(max_new_tokens=60, ignore_eos=True, logit_bias={7: 2.0}, priority=1),
+    SamplingParams(max_new_tokens=60, temperature=1.0, seed=8),
 ]
 
 
@@ -85,11 +87,12 @@ def group(cluster: Any, model: Path) -> Iterator[GroupRunner]:
 
 @pytest.fixture(scope="module")
 def params(model: Path) -> list[SamplingParams]:
-    """The last one stops at a string that its answer has in the middle."""
+    """One stops at a string that its answer has in the middle, and one follows a pattern."""
+    pytest.importorskip("xgrammar", reason="needs the extra grammar")
     with runner_of(model, **SIZES) as alone:
         text = alone.generate(PROMPTS[4], PARAMS[4]).text
     middle = text[len(text) // 2 :][:3]
-    return [*PARAMS[:4], SamplingParams(max_new_tokens=60, ignore_eos=True, logit_bias={7: 2.0}, stop=(middle,))]
+    return [*PARAMS[:4], replace(PARAMS[4], stop=(middle,)), replace(PARAMS[5], regex="[a-f ]{90}")]
 
 
 @pytest.fixture(scope="module")
