@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from moe_nvfp4.cache import PAGE
+from moe_nvfp4.engine.cost import USUAL
 from moe_nvfp4.engine.scheduler import Limits, QueueFull, Rows, Scheduler, Sequence, Step
 from moe_nvfp4.engine.sequence_memory import Memory, PageGroup, SequenceMemory
 
@@ -123,6 +124,7 @@ def scheduler_of(prepared: "Preparation") -> Scheduler | DataParallelScheduler:
         step_rows=prepared.step_rows,
         chunk=prepared.cache_settings.chunk,
         max_waiting=prepared.max_waiting,
+        cost=USUAL if prepared.fast else None,
     )
 
     def one() -> Scheduler:
