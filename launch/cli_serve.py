@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moe_nvfp4.launch.http_settings import ServerSettings
 
 KEYS_VARIABLE: Final = "MOE_NVFP4_API_KEYS"
+BACKLOG: Final = 2048  # uvicorn's
 LAST_SECONDS: Final = 5  # for connections to close, after the drain
 UNREAD_SECONDS: Final = 60  # after which a connection whose peer takes no bytes ends
 
@@ -96,15 +97,21 @@ def _keys(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Bound before the model is loaded, so that a port in use is told at once. It listens when the model is ready."""
+    """Bound before the model is loaded, so that a port in use is told at once; connections wait until it is."""
+    if not 0 <= port < 65536:
+        raise RequestError(f"--port {port}: expected a number from 0 to 65535")
+    listener = socket.socket()
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener.close()
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
         listener.bind(address)
-    except (OSError, OverflowError) as error:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
         raise RequestError(f"--host {host} --port {port}: cannot listen there: {error}") from error
     return listener
 

@@ -77,7 +77,7 @@ def api_error(error: Exception, retry_after: float = 1.0) -> ApiError:
     if isinstance(error, RequestError):
         return _request_error(str(error))
     if isinstance(error, EngineError):
-        log.error("the engine refused a request", exc_info=error)
+        log.error("the engine refused a request: %s", error)
         return unavailable("the model cannot answer now; try again later", "engine_unavailable")
     log.error("a request failed", exc_info=error)
     return ApiError(500, "the server made a mistake; it has been logged", kind="server_error", code="internal_error")

@@ -70,7 +70,11 @@ class Serving:
         until(lambda: self._uvicorn.started)
 
     def _run(self) -> None:
-        asyncio.run(self._uvicorn.serve(sockets=[self.listener]))
+        async def serve() -> None:
+            self.loop = asyncio.get_running_loop()
+            await self._uvicorn.serve(sockets=[self.listener])
+
+        asyncio.run(serve())
 
     def stop(self) -> None:
         self._uvicorn.should_exit = True
@@ -91,7 +95,8 @@ def serving(runners: dict[str, MoERunner], **settings: Any) -> Iterator[Serving]
     try:
         yield one
         for runner in runners.values():
-            require_free(runner)
+            if hasattr(runner, "cache"):  # it has not been closed
+                require_free(runner)
         assert not one.server.relays
     finally:
         one.stop()
