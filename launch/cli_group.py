@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from moe_nvfp4.frontend import Frontend
 
 ATTENTION_MODES = ("replicated", "tensor", "data")
+START_SECONDS = 1800.0  # the longest that ranks may differ in loading
 STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 
@@ -75,10 +76,10 @@ def _rank_of_torchrun(
     import torch
     import torch.distributed as dist
 
-    from moe_nvfp4.launch.rendezvous import Place, join
+    from moe_nvfp4.launch.rendezvous import Place, end_of_start, join
     from moe_nvfp4.runner import MoERunner
 
-    place = Place.from_environment(arguments.attention, arguments.hang_seconds)
+    place = Place.from_environment(arguments.attention, arguments.hang_seconds, START_SECONDS)
     if arguments.gpus not in (None, place.size):
         raise RequestError(f"--gpus: got {arguments.gpus}; torchrun has started {place.size} ranks. Leave it out.")
     device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -87,6 +88,8 @@ def _rank_of_torchrun(
         verbose = settings.get("verbose", True) and place.rank == 0
         settings = {**settings, "verbose": verbose, "device": device, "ranks": member.ranks}
         with MoERunner(MoERunner.prepare(arguments.model, **settings), member.orders) as runner:
+            dist.barrier()
+            end_of_start(place)
             if place.rank:
                 runner.engine.wait()
             yield None if place.rank else runner

@@ -86,7 +86,7 @@ class Workers:
                 report(f"rank {rank}: {where}")
             host, port = self._get(0, self.leader.meeting_point.remote())
             places = [
-                Place(rank, self.size, host, port, settings.attention, settings.hang_seconds)
+                Place(rank, self.size, host, port, settings.attention, settings.hang_seconds, settings.load_seconds)
                 for rank in range(self.size)
             ]
             calls = [a.prepare.remote(p, model, model_settings) for a, p in zip(self.actors, places, strict=True)]
@@ -95,6 +95,8 @@ class Workers:
             self.profile = profile
             loads = [actor.load.remote() for actor in self.actors]
             self.load_seconds = max(self._gather(loads, settings.load_seconds))
+            ended = [actor.end_of_start.remote() for actor in self.actors]
+            self._gather(ended, settings.load_seconds)
             self._get(0, self.leader.first_token.remote())
         except BaseException:
             self.end()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from moe_nvfp4.engine.order_link import Line, Lines
@@ -24,7 +25,8 @@ KEY_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Of one rank in its group. `seconds`: how long a rank waits for another before it calls it gone."""
+    """Of one rank in its group. A rank that waits longer than `seconds` for another calls it gone, or while the group
+    starts, when some have more to read or compile than others, longer than `start_seconds`."""
 
     rank: int
     size: int
@@ -32,13 +34,14 @@ class Place:
     port: int  # of the store
     attention: AttentionMode
     seconds: float
+    start_seconds: float
 
     @classmethod
-    def from_environment(cls, attention: AttentionMode, seconds: float) -> "Place":
+    def from_environment(cls, attention: AttentionMode, seconds: float, start_seconds: float) -> "Place":
         """As torchrun says."""
         try:
             rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-            return cls(rank, size, os.environ["MASTER_ADDR"], port, attention, seconds)
+            return cls(rank, size, os.environ["MASTER_ADDR"], port, attention, seconds, start_seconds)
         except (KeyError, ValueError) as error:
             raise RequestError(f"RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: {error}; start with torchrun") from None
 
@@ -57,12 +60,12 @@ def open_store(host: str) -> TCPStore:
 
 def find_store(place: Place) -> TCPStore:
     """At the other ranks."""
-    return TCPStore(place.host, place.port, is_master=False, timeout=timedelta(seconds=place.seconds))
+    return TCPStore(place.host, place.port, is_master=False, timeout=timedelta(seconds=place.start_seconds))
 
 
 def join(place: Place, device: torch.device, store: TCPStore | None = None) -> Member:
     """Called by all ranks. Without a store there is the one that torchrun has made."""
-    patience = timedelta(seconds=place.seconds)
+    patience = timedelta(seconds=place.start_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -82,7 +85,14 @@ def _line_for_orders(place: Place, device: torch.device) -> Lines | Line:
     message = torch.tensor(told, dtype=torch.int32, device=device)
     dist.broadcast(message, src=0)
     if lines is not None:
-        lines.accept(place.size - 1, place.seconds)
+        lines.accept(place.size - 1, place.start_seconds, place.seconds)
         return lines
     values = bytes(message.tolist())
-    return Line(place.host, int.from_bytes(values[:2], "little"), values[2:], place.rank, place.seconds)
+    return Line(
+        place.host, int.from_bytes(values[:2], "little"), values[2:], place.rank, place.seconds, place.start_seconds
+    )
+
+
+def end_of_start(place: Place) -> None:
+    """Called when all ranks have loaded: collectives of this rank wait no longer than `seconds` from now on."""
+    c10d._set_pg_timeout(timedelta(seconds=place.seconds), dist.group.WORLD)

@@ -15,9 +15,13 @@ import torch
 
 from moe_nvfp4.checkpoint import Checkpoint
 from moe_nvfp4.engine.orders import Sink
+from moe_nvfp4.expert_buffers import LayerExperts
 from moe_nvfp4.generation import Answer, Increment
-from moe_nvfp4.launch.rendezvous import Place, find_store, join, open_store
+from moe_nvfp4.launch.rendezvous import Place, end_of_start, find_store, join, open_store
 from moe_nvfp4.preparation import Preparation
+from moe_nvfp4.rebalancing import Rebalancing
+from moe_nvfp4.routing.placement import Placement
+from moe_nvfp4.routing.rebalance_moves import LayerMoves
 from moe_nvfp4.runner import MoERunner
 from moe_nvfp4.sampling import SamplingParams
 from moe_nvfp4.tokenizer import JSON_FILES, VOCABULARIES
@@ -70,7 +74,7 @@ class Request:
 
 
 # Threads of a worker's own for what must be answered while others wait.
-CONCURRENCY_GROUPS = {"beats": 1, "increments": 1}
+CONCURRENCY_GROUPS = {"beats": 1, "increments": 1, "experts": 1}
 
 
 class ExpertWorker:
@@ -82,6 +86,7 @@ class ExpertWorker:
         self._answers: dict[int, Answer] = {}
         self._store: Any = None
         self.runner: MoERunner | None = None
+        self._staged: tuple[Placement, LayerMoves, LayerExperts | None] | None = None
 
     def whereabouts(self, kind: str) -> Whereabouts:
         """`kind`: cpu or cuda. The first call: a rank that cannot have its device says so here."""
@@ -100,6 +105,7 @@ class ExpertWorker:
 
     def prepare(self, place: Place, model: str, settings: dict[str, Any]) -> Profile | None:
         """Joins the group, and checks and plans everything that can be before memory is taken."""
+        self._place = place
         self._member = join(place, self.device, self._store or find_store(place))
         settings = {**settings, "device": self.device, "max_waiting": NO_LIMIT, "ranks": self._member.ranks}
         settings["verbose"] = settings.get("verbose", True) and place.rank == 0
@@ -108,8 +114,13 @@ class ExpertWorker:
 
     def load(self) -> float:
         """Seconds."""
-        self.runner = MoERunner(self._prepared, self._member.orders)
-        return self.runner.load_seconds
+        self.runner = runner = MoERunner(self._prepared, self._member.orders)
+        self._rebalancing = Rebalancing(self._prepared, runner.experts)
+        runner.engine.named |= {"take_counts": runner.experts.tables.take_counts, "replace_layer": self._replace_layer}
+        return runner.load_seconds
+
+    def end_of_start(self) -> None:
+        end_of_start(self._place)
 
     def first_token(self) -> None:
         """Of rank 0: the group is ready when a token has been decoded by all of it."""
@@ -162,6 +173,22 @@ class ExpertWorker:
         """Of rank 0."""
         assert self.runner is not None
         return self.runner.engine.call_everywhere(name, **arguments)
+
+    def placement(self) -> tuple[Placement, list[int]]:
+        """Of now, and the experts that stay on all ranks."""
+        assert self.runner is not None
+        placement = self.runner.experts.placement
+        return placement, list(range(self.runner.config.num_experts, placement.num_experts))
+
+    def stage(self, placement: Placement, moves: LayerMoves) -> None:
+        """Reads what comes to this rank, while it serves."""
+        self._staged = placement, moves, self._rebalancing.read(moves)
+
+    def _replace_layer(self, layer: int) -> None:
+        """In the engine's thread, at all ranks at the same turn."""
+        assert self._staged is not None and self._staged[1].layer == layer, "every rank stages a layer before it"
+        self._rebalancing.replace(*self._staged)
+        self._staged = None
 
     def close(self) -> None:
         """Rank 0's end is the end of the others."""

@@ -29,7 +29,8 @@ class Lines:
         self._server = socket.create_server((host, 0), family=family)
         self.port: int = self._server.getsockname()[1]
 
-    def accept(self, followers: int, seconds: float) -> None:
+    def accept(self, followers: int, seconds: float, send_seconds: float | None = None) -> None:
+        """`send_seconds`: one that reads nothing for so long is gone."""
         deadline, found = time.monotonic() + seconds, dict[int, socket.socket]()
         while len(found) < followers:
             self._server.settimeout(max(0.01, deadline - time.monotonic()))
@@ -48,7 +49,7 @@ class Lines:
                 line.close()
                 continue
             line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            line.settimeout(seconds)
+            line.settimeout(send_seconds or seconds)
             found[rank] = line
         self._server.close()
         self._lines = [found[rank] for rank in sorted(found)]
@@ -67,19 +68,22 @@ class Lines:
 
 
 class Line:
-    """The end of another rank. A leader that says nothing for `seconds` is gone."""
+    """The end of another rank. A leader that says nothing for `start_seconds`, or once it has spoken for `seconds`, is
+    gone."""
 
-    def __init__(self, host: str, port: int, key: bytes, rank: int, seconds: float):
+    def __init__(self, host: str, port: int, key: bytes, rank: int, seconds: float, start_seconds: float | None = None):
         self._seconds = seconds
-        self._line = socket.create_connection((host, port), timeout=seconds)
+        self._line = socket.create_connection((host, port), timeout=start_seconds or seconds)
         self._line.sendall(_HELLO.pack(rank, _digest(key, rank)))
 
     def receive(self) -> bytes:
         try:
             (length,) = _LENGTH.unpack(_read(self._line, _LENGTH.size))
-            return _read(self._line, length)
+            message = _read(self._line, length)
         except TimeoutError:
-            raise TimeoutError(f"rank 0 has sent nothing for {self._seconds:g} s") from None
+            raise TimeoutError(f"rank 0 has sent nothing for {self._line.gettimeout():g} s") from None
+        self._line.settimeout(self._seconds)
+        return message
 
     def close(self) -> None:
         try:

@@ -19,7 +19,7 @@ import moe_nvfp4  # noqa: E402
 from moe_nvfp4 import AsyncMoERunner, SamplingParams  # noqa: E402
 from moe_nvfp4.errors import CheckpointError, EngineError, RequestError  # noqa: E402
 from moe_nvfp4.generation import Generation  # noqa: E402
-from moe_nvfp4.launch import group as group_module  # noqa: E402
+from moe_nvfp4.launch import group_engine  # noqa: E402
 from moe_nvfp4.launch.group import GroupRunner  # noqa: E402
 from moe_nvfp4.launch.group_workers import GroupSettings  # noqa: E402
 from moe_nvfp4.synthesize import synthesize  # noqa: E402
@@ -40,7 +40,7 @@ PARAMS = [
 
 def open_group(model: Path, size: int, **settings: Any) -> GroupRunner:
     ranks = GroupSettings(gpus=size, device="cpu", **{"hang_seconds": 8.0, "placement_seconds": 30.0, **settings})
-    return GroupRunner(model, ranks, **SIZES)
+    return GroupRunner(model, ranks, **SIZES, spare_experts=1, count_experts=True)
 
 
 def told(results: list[Generation]) -> list[Any]:
@@ -153,6 +153,19 @@ def test_answers_go_on_when_a_rank_fails(
     assert f"rank {rank} of 2" in (said := capsys.readouterr().err) and named in said
 
 
+def test_experts_move_while_answers_come(group: GroupRunner, params: list[SamplingParams], expected: list[Any]) -> None:
+    moved = []
+    done: dict[tuple[int, int], Any] = {}
+    for count, increment in enumerate(group.stream(PROMPTS, params)):
+        if increment.completion is not None:
+            done[increment.prompt, increment.choice] = increment.completion
+        if count in (40, 200):
+            moved.append(group.rebalance())
+    assert told([Generation((), tuple(done[i, c] for c in range(one.n))) for i, one in enumerate(params)]) == expected
+    assert moved[0].layers and moved[0].reads and moved[0].rows
+    assert 1 <= moved[0].after < moved[0].before
+
+
 def test_clients_that_leave_are_late_or_ask_nonsense(group: GroupRunner) -> None:
     long = SamplingParams(max_new_tokens=400, ignore_eos=True)
     stream = group.stream([1, 2], long)
@@ -188,8 +201,8 @@ def test_a_cluster_without_room_says_so(cluster: Any, model: Path) -> None:
 
 
 def test_what_fails_again_and_again_is_given_up(cluster: Any, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_module, "FAILURES_AT_MOST", 2)
-    monkeypatch.setattr(group_module, "FAILURES_OF_A_REQUEST", 1)
+    monkeypatch.setattr(group_engine, "FAILURES_AT_MOST", 2)
+    monkeypatch.setattr(group_engine, "FAILURES_OF_A_REQUEST", 1)
     with open_group(model, 1) as group:
         long = SamplingParams(max_new_tokens=400, ignore_eos=True)
         stream = group.stream([1, 2], long)
