@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import importlib.util
 import logging
 import os
 import signal
@@ -61,6 +62,8 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
 
 def names_and_settings(arguments: argparse.Namespace) -> tuple[list[str], "ServerSettings"]:
     """What the models are called, and what the server allows."""
+    if missing := [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]:
+        raise RequestError(f"{missing[0]} is not installed; pip install 'moe-nvfp4[serve]'")
     from moe_nvfp4.launch.http_settings import ServerSettings
 
     names: list[str] = arguments.served_model_name or arguments.model

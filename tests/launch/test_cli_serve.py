@@ -16,7 +16,7 @@ from serving import DEMO, until
 
 from moe_nvfp4.launch import cli
 
-BODY = {"model": "demo", "prompt": "x", "max_tokens": 600, "ignore_eos": True, "stream": True}
+BODY = {"model": "demo", "prompt": "x", "max_tokens": 200, "ignore_eos": True, "stream": True}
 
 
 @contextmanager
@@ -57,14 +57,15 @@ def test_drain_on_sigterm(tmp_path: Path) -> None:
         assert server.wait(20) == 0
         assert server.stderr is not None
         logged = server.stderr.read()
-        line = next(json.loads(one) for one in logged.splitlines() if '"new_tokens": 600' in one)
+        line = next(json.loads(one) for one in logged.splitlines() if '"new_tokens": 200' in one)
         assert line["outcome"] == "ok" and "from-" not in logged and "Traceback" not in logged
 
 
 def test_a_second_signal_ends_it_at_once() -> None:
     endless = {**BODY, "max_tokens": 4000}
     with process("--quiet") as (server, url), httpx.stream("POST", f"{url}/v1/completions", json=endless) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        next(lines)
         server.send_signal(signal.SIGTERM)
         until(lambda: httpx.get(f"{url}/ready").status_code == 503)
         server.send_signal(signal.SIGINT)
