@@ -14,6 +14,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -22,6 +23,7 @@ import torch
 from moe_nvfp4.batch import Piece
 from moe_nvfp4.engine.orders import Call, Cancel, Close, Late, LocalOrders, Order, Orders, Sink, Submit
 from moe_nvfp4.engine.scheduler import Scheduler, Sequence, Step
+from moe_nvfp4.engine.stats import Counters, EngineStats
 from moe_nvfp4.engine.stepper import DecodeRow, Stepper, StepResult
 from moe_nvfp4.errors import DeadlineError, EngineError, QueueFullError, RequestError
 from moe_nvfp4.generation import Answer
@@ -56,6 +58,7 @@ class Engine:
         self._orders: Orders = orders or LocalOrders()
         self.named: dict[str, Callable[..., Any]] = {}
         self.turns = 0
+        self.counters = Counters()
         self._digest = 0  # of all tokens that have landed
         self._open: dict[int, tuple[Answer, Sink]] = {}
         self._flights: deque[Flight] = deque()
@@ -74,6 +77,7 @@ class Engine:
         with self._lock:
             self._require_alive()
             if self._unfinished >= limits.slots + limits.max_waiting:
+                self.counters.refused += 1
                 raise QueueFullError(
                     f"{self._unfinished:,} requests are running or waiting, as many as may. Try again later, or load "
                     "with a larger max_waiting."
@@ -119,6 +123,19 @@ class Engine:
         if self._broken is not None:
             raise self._broken
 
+    def stats(self) -> EngineStats:
+        """Now, roughly: the loop goes on meanwhile. With several ranks, pages are those of this one."""
+        scheduler, pools = self.scheduler, self.scheduler.memory.pools
+        return EngineStats(
+            counters=replace(self.counters),
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            slots=scheduler.limits.slots,
+            free_slots=scheduler.free_slots,
+            pages=tuple(pool.count for pool in pools),
+            free_pages=tuple(pool.available for pool in pools),
+        )
+
     @property
     def slots(self) -> int:
         return self.scheduler.limits.slots
@@ -152,7 +169,9 @@ class Engine:
                 torch.cuda.set_device(self.stepper.device)
             with torch.inference_mode():
                 while self._take_orders():
+                    began = time.monotonic()
                     self._turn()
+                    self.counters.busy_seconds += time.monotonic() - began
         except Exception as error:
             with self._lock:
                 self._broken = error
@@ -181,6 +200,7 @@ class Engine:
             case Cancel(ident):
                 if ident in self._open:
                     self._end(self._open[ident][0].sequence)
+                    self.counters.cancelled += 1
             case Late(idents):
                 for ident in idents:
                     if ident in self._open:  # else cancelled in this turn
@@ -207,6 +227,7 @@ class Engine:
         step = self.scheduler.plan()
         if step is not None:
             self._flights.append(Flight(step, self._launch(step)))
+            self.counters.launched(step)
         if self._flights and (step is None or len(self._flights) >= self._depth):
             self._land(self._flights.popleft())
         elif step is None and self.scheduler.waiting and self._orders.decides:
@@ -264,8 +285,10 @@ class Engine:
             except (FloatingPointError, RequestError) as error:
                 self._fail(sequence, error)
                 continue
+            self._count(answer)
             if increment.completion is not None:
                 self._end(sequence)
+                self.counters.answered += 1
             sink(increment)
 
     def _begin(self, answer: Answer, sink: Sink) -> None:
@@ -273,15 +296,27 @@ class Engine:
         if refusal is None and not self.scheduler.fits(sequence.prompt_length + 1):
             refusal = RequestError(f"{sequence.prompt_length:,} tokens need more pages than there are")
         if refusal is not None:
+            self.counters.refused += 1
             with self._lock:
                 self._unfinished -= 1
             sink(refusal)
             return
         self._open[sequence.ident] = answer, sink
+        self.counters.requests += 1
         self.scheduler.add(sequence)
+
+    def _count(self, answer: Answer) -> None:
+        """A token has come."""
+        counters, sequence = self.counters, answer.sequence
+        counters.generated_tokens += 1
+        counters.last_token = time.monotonic()
+        if len(answer.new_ids) == 1:
+            counters.prompt_tokens += sequence.prompt_length
+            counters.reused_tokens += sequence.reused
 
     def _end(self, sequence: Sequence) -> None:
         if self._open.pop(sequence.ident, None) is not None:
+            self.counters.preemptions += sequence.preemptions
             self.scheduler.finish(sequence)
             with self._lock:
                 self._unfinished -= 1
@@ -289,6 +324,7 @@ class Engine:
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         _, sink = self._open[sequence.ident]
         self._end(sequence)
+        self.counters.failed += 1
         sink(error)
 
     def _fail_all(self, error: Exception) -> None:
