@@ -19,6 +19,7 @@ from moe_nvfp4.async_runner import AsyncMoERunner
 from moe_nvfp4.errors import EngineError
 from moe_nvfp4.frontend import Frontend
 from moe_nvfp4.launch.group import GroupRunner
+from moe_nvfp4.launch.group_engine import GroupEngine
 from moe_nvfp4.launch.group_workers import GroupSettings
 from moe_nvfp4.launch.http_app import create_app
 from moe_nvfp4.launch.http_settings import ServerSettings
@@ -63,7 +64,8 @@ class Replica:
     async def check_health(self) -> None:
         """Every model has decoded a token lately, or its group is being rebuilt; else Serve replaces this replica."""
         for name, decodes in (await self.http.state.server.ready()).items():
-            if not decodes and not getattr(self.runners[name].runner.engine, "rebuilding", False):
+            engine = self.runners[name].runner.engine
+            if not decodes and not (isinstance(engine, GroupEngine) and engine.rebuilding):
                 raise EngineError(f"{name}: it does not decode")
 
     def own_metrics(self) -> tuple[str, str]:
