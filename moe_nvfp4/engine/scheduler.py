@@ -226,7 +226,9 @@ class Scheduler:
         if sequence.answering:  # the usual row of a long answer
             changes = tuple(memory.take_changes()) if memory.changes else ()
             self.memory.offer(memory, sequence.tokens, sequence.computed)
-            return Rows(sequence, start, 1, True, True, changes=changes)
+            pages, rest = divmod(sequence.computed, self.memory.page)
+            line = None if rest or pages < SNAPSHOT_PAGES else self.memory.snapshot_answer(memory, sequence.computed)
+            return Rows(sequence, start, 1, True, True, snapshot=line, changes=changes)
         snapshot, end = None, sequence.computed
         if SNAPSHOT_PAGES * self.memory.page <= end <= sequence.prompt_length:
             passing = end not in self._stops(sequence)

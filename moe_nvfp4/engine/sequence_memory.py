@@ -5,7 +5,7 @@ and values. Tokens come from users, hence a cryptographic hash: nobody can make 
 a reused prefix a sequence needs all its pages in full attention, those of the last window elsewhere, and, where layers
 are recurrent, a snapshot of their states at just that place. Pages may be shared within the step that fills them:
 every layer writes its keys and values before it reads any. A snapshot is copied after its step, and is restored
-before one, so it can be found only from the next step on.
+before one, so it can be found only from the next step on. An answer takes one at the end of each of its pages.
 """
 
 import hashlib
@@ -41,6 +41,8 @@ class Memory:
     kept: int = 0  # leading pages that were offered for reuse
     dropped: list[int] = field(default_factory=list)  # leading pages of each group that lie behind its window
     changes: list[TableChange] = field(default_factory=list)  # since the last step
+    line: int | None = None  # with the states after the `line_pages` leading pages, copied while the answer came
+    line_pages: int = 0
 
     def take_changes(self) -> list[TableChange]:
         changes, self.changes = self.changes, []
@@ -142,14 +144,15 @@ class SequenceMemory:
     def offer(self, memory: Memory, tokens: Sequence[int], computed: int) -> None:
         """Pages whose `computed` tokens are all known and written may be found by others from now on."""
         complete = min(computed, len(tokens)) // self.page
-        if not self.reuse or complete <= memory.kept:
-            return
-        self._extend_keys(memory.keys, tokens, complete)
-        for index in range(memory.kept, complete):
-            for table, pool in zip(memory.tables, self.pools, strict=True):
-                if table[index] >= 0:
-                    pool.keep(table[index], memory.keys[index])
-        memory.kept = complete
+        if self.reuse and complete > memory.kept:
+            self._extend_keys(memory.keys, tokens, complete)
+            for index in range(memory.kept, complete):
+                for table, pool in zip(memory.tables, self.pools, strict=True):
+                    if table[index] >= 0:
+                        pool.keep(table[index], memory.keys[index])
+            memory.kept = complete
+        if self.snapshots is not None and memory.line is not None and memory.line_pages <= memory.kept:
+            self.snapshots.keep(memory.line, memory.keys[memory.line_pages - 1])
 
     def snapshot(self, memory: Memory, tokens: Sequence[int], position: int, *, passing: bool = False) -> int | None:
         """A line to which the states after `position` tokens, a multiple of a page, are to be copied after the step;
@@ -166,6 +169,20 @@ class SequenceMemory:
         self._planned[key] = line, passing
         return line
 
+    def snapshot_answer(self, memory: Memory, position: int) -> int | None:
+        """The same for an answer, whose last tokens may not be known yet: the line can be found once they are. It stays
+        with the answer, and the last one is left for the next turn of a conversation. Half of all lines at most."""
+        pool = self.snapshots
+        if not self.takes_snapshots or pool is None:
+            return None
+        if memory.line is not None:
+            pool.drop(memory.line, first_to_go=True)
+            memory.line = None
+        if not pool.available or pool.held >= pool.count // 2:
+            return None
+        memory.line, memory.line_pages = pool.take(), position // self.page
+        return memory.line
+
     def publish(self) -> None:
         """The step is planned: its snapshots may be found from now on."""
         if self._planned and self.snapshots is not None:
@@ -181,6 +198,9 @@ class SequenceMemory:
                 self._drop(memory, group, index)
             table.clear()
         memory.changes.clear()
+        if self.snapshots is not None and memory.line is not None:
+            self.snapshots.drop(memory.line)
+            memory.line = None
 
     def pages_for(self, length: int, chunk: int) -> list[int]:
         """Pages of each group that a sequence of `length` tokens holds at most, computed in chunks."""

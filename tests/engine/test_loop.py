@@ -5,6 +5,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,10 @@ def test_a_second_turn_computes_only_what_is_new(folder: Path) -> None:
         turn = [*first, *answer.token_ids, 5, 6, 7]
         second = runner.generate(turn, TEN)
         assert second.timing.reused_tokens >= 320
+        no_media = ((510, -100.0), (511, -100.0))
+        long = runner.generate(first, replace(TEN, max_new_tokens=150, logit_bias=no_media))
+        third = runner.generate([*first, *long.token_ids, 5], TEN)
+        assert third.timing.reused_tokens >= len(first) + 149 - 64, "the answer is part of what is reused"
         settled(runner)
     with runner_of(folder, max_batch_size=2, max_seq_len=900, prefix_reuse=False) as plain:
         assert plain.generate(turn, TEN).token_ids == second.token_ids

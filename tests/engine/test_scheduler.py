@@ -90,6 +90,9 @@ def play(trace: Trace, requests: int) -> Server:
         now += 1
         while arriving and rng.random() < 0.4:
             request = arriving.pop(0)
+            if rng.random() < 0.3 and (over := [one for one in server.sequences if one.done]):
+                turn = [*rng.choice(over).tokens[:80], 3, 1]  # the next one of a conversation
+                request = sequence(request.ident, turn, request.max_new_tokens)
             if s.fits(request.prompt_length + 1):
                 request.deadline = now + rng.randrange(1, 60) if rng.random() < 0.2 else None
                 server.add(request)
@@ -172,6 +175,35 @@ def test_states_of_a_shared_beginning_are_kept_from_the_second_prompt_on() -> No
         server.finish()
     assert [s.reused for s in server.sequences] == [0, 0, 24]
     server.check_answers(set())
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_next_turn_of_a_conversation_goes_on_from_the_end_of_the_answer(depth: int) -> None:
+    server = Server(scheduler("states", pages=200, snapshots=4, step_rows=64, chunk=64), depth, vocabulary=10**6)
+    server.add(sequence(0, [5] * 18, 40))
+    server.add(sequence(1, [6] * 18, 40))  # at the same time: each keeps its own line
+    server.finish()
+    for ident in (0, 1):
+        conversation = server.sequences[ident].tokens
+        assert len(conversation) == 58
+        server.add(sequence(2 + ident, [*conversation, 9, 9], 2))
+        server.finish()
+    # The last token is not computed, so the last page that is whole ends before it.
+    assert [s.reused for s in server.sequences[2:]] == [56, 56]
+    server.check_answers(set())
+
+
+def test_answers_take_half_of_the_lines_at_most() -> None:
+    s = scheduler("states", pages=400, snapshots=4, slots=4, step_rows=64, chunk=64)
+    server = Server(s, 2, vocabulary=10**6)
+    for ident in range(4):
+        server.add(sequence(ident, [5 + ident] * 18, 40))
+    while s.running or s.waiting:
+        server.turn()
+        assert sum(one.memory is not None and one.memory.line is not None for one in s.running) <= 2
+    server.finish()
+    assert s.memory.snapshots is not None and s.memory.snapshots.held == 0
+    s.memory.check()
 
 
 def test_a_long_prompt_takes_one_line_of_snapshots_in_passing() -> None:
