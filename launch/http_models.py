@@ -86,7 +86,7 @@ class ServedModel:
             metrics.whole.observe(seconds, **label)
             self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
         finally:
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
 
     def _count_prompt(self, choice: int, completion: Completion) -> None:
         if choice == 0:

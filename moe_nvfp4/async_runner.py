@@ -1,7 +1,7 @@
 """`AsyncMoERunner`: the same for asyncio. Any number of tasks may call it; a cancelled task frees what it holds."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class AsyncMoERunner:
 
     def stream(
         self, prompts: Any, sampling: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> AsyncIterator[Increment]:
+    ) -> AsyncGenerator[Increment, None]:
         """Increments while they come. A bad request raises here; who leaves early closes the iterator (`aclose`)."""
         return self._serve(self.runner.prompts.encode(prompts, sampling))
 
@@ -51,7 +51,7 @@ class AsyncMoERunner:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _serve(self, requests: Requests) -> AsyncIterator[Increment]:
+    async def _serve(self, requests: Requests) -> AsyncGenerator[Increment, None]:
         loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Increment | Exception]()
 
         def sink(item: Increment | Exception) -> None:

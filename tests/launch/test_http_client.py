@@ -5,12 +5,14 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import openai
 import pytest
 from serving import HERMES, Serving, demo_runner, demo_with, serving
 
+from moe_nvfp4.async_runner import AsyncMoERunner
 from moe_nvfp4.sampling import SamplingParams
 
 GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True}}
@@ -286,6 +288,49 @@ def test_a_call_that_is_demanded(client: openai.OpenAI, choice: Any) -> None:
                 built[one.index]["arguments"] += part.function.arguments or ""
     expected = [one.message.tool_calls[0].function for one in whole.choices if one.message.tool_calls]
     assert built == [{"name": one.name, "arguments": one.arguments} for one in expected]
+
+
+class Saying(AsyncMoERunner):
+    """Makes the model say a text, by a grammar that allows nothing else."""
+
+    text = ""
+
+    def stream(self, prompts: Any, sampling: Any = None) -> Any:
+        return super().stream(prompts, replace(sampling, grammar=f"root ::= {json.dumps(self.text)}"))
+
+
+def calls_of(days: int) -> str:
+    call = json.dumps({"name": "weather", "arguments": {"days": days, "exact": True}})
+    return f"\n<tool_call>\n{call}\n</tool_call>"
+
+
+def test_reasoning_content_and_calls(served: Serving, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    saying = Saying(served.runners["tools"])
+    saying.text = f"<think>\nHm <b>.\n</think>\n\nI look.{calls_of(1)}{calls_of(2)}"
+    monkeypatch.setattr(served.server.models["tools"], "runner", saying)
+    asked: Any = {"model": "tools", "messages": HELLO, "max_tokens": 400}
+    whole = client.chat.completions.create(**asked, tools=[WEATHER, NOW])
+    message: Any = whole.choices[0].message
+    assert (message.reasoning_content, message.content) == ("Hm <b>.", "I look.")
+    assert [arguments_of(call)["days"] for call in message.tool_calls] == [1, 2]
+    assert whole.choices[0].finish_reason == "tool_calls"
+    usage: Any = whole.usage
+    assert 0 < usage.completion_tokens_details.reasoning_tokens < usage.completion_tokens
+
+    deltas: list[Any] = []
+    for chunk in client.chat.completions.create(**asked, tools=[WEATHER, NOW], stream=True):
+        deltas.append(chunk.choices[0].delta)
+    assert "".join(getattr(one, "reasoning_content", None) or "" for one in deltas) == "Hm <b>."
+    assert "".join(one.content or "" for one in deltas) == "I look."
+    parts = [part for one in deltas for part in one.tool_calls or []]
+    assert [part.index for part in parts] == [0, 0, 1, 1]
+    assert [part.function.name for part in parts if part.id] == ["weather", "weather"]
+
+    one_call = client.chat.completions.create(**asked, tools=[WEATHER], parallel_tool_calls=False).choices[0].message
+    assert one_call.tool_calls is not None and len(one_call.tool_calls) == 1
+    for unknown in ({"tools": [NOW]}, {"tools": [WEATHER], "tool_choice": "none"}):
+        message = client.chat.completions.create(**asked, **unknown).choices[0].message
+        assert message.tool_calls is None and message.content == f"I look.{calls_of(1)}{calls_of(2)}"
 
 
 def test_an_answer_with_calls_runs_through_the_clients_stream_helper(client: openai.OpenAI) -> None:
