@@ -19,7 +19,7 @@ from moe_nvfp4.cache import SequenceCache
 from moe_nvfp4.engine import scheduler
 from moe_nvfp4.engine.data_parallel import scheduler_of
 from moe_nvfp4.engine.launch import launch
-from moe_nvfp4.engine.stepper import Stepper
+from moe_nvfp4.engine.stepper import DecodeRow, Stepper
 from moe_nvfp4.errors import MoeNvfp4Error
 from moe_nvfp4.generation import Answer
 from moe_nvfp4.memory import MemoryPlan
@@ -240,3 +240,16 @@ def plan_of(folder: Path, attention: str, available: Sequence[int]) -> MemoryPla
             return str(error)
     prepared.close()
     return prepared.plan
+
+
+def tokens_without_a_plan(folder: Path, attention: str | None, prompt: Sequence[int]) -> list[int]:
+    """All ranks take the same steps on sequences of their own, and nobody says so: a prompt, and three tokens."""
+    rank = Rank(folder, None if attention is None else join(attention))
+    slot, memory = rank.scheduler.lend()
+    assert rank.scheduler.memory.grow(memory, 0, len(prompt) + 3)
+    rank.cache.set_pages([(c.group, slot, c.index, c.page) for c in memory.take_changes()])
+    greedy = SamplingParams(max_new_tokens=1)
+    tokens = rank.stepper.mixed([Piece(slot, 0, prompt)], [Sampler(greedy)]).wait()[0]
+    for position in range(len(prompt), len(prompt) + 3):
+        tokens += rank.stepper.decode([DecodeRow(slot, position, greedy)]).wait()[0]
+    return tokens

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_checks import tiny_model
-from ranks import RankPool, answers_of, one_thread
+from ranks import RankPool, answers_of, one_thread, tokens_without_a_plan
 
 from moe_nvfp4.kernels.nvfp4 import relative_error
 from moe_nvfp4.sampling import SamplingParams
@@ -51,6 +51,14 @@ def test_equal_to_one_rank(pool: RankPool, folders: dict, alone: dict, model: st
         assert relative_error(their_logits, logits) < 1e-5
         if attention != "data":
             assert torch.equal(their_logits, results[0][2]), "ranks would not sample the same tokens"
+
+
+@pytest.mark.parametrize("attention", MODES)
+def test_steps_that_are_alike_need_no_plan(pool: RankPool, folders: dict, attention: str) -> None:
+    """As in benchmarks, and where somebody steps by himself."""
+    expected = one_thread(lambda: tokens_without_a_plan(folders["qwen3.6"], None, PROMPTS[0]))
+    assert len(expected) == 4
+    assert pool.run(tokens_without_a_plan, folders["qwen3.6"], attention, PROMPTS[0]) == [expected] * pool.size
 
 
 def test_sampling_is_the_same_too(pool: RankPool, folders: dict) -> None:

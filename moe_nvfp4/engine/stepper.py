@@ -45,7 +45,7 @@ class DecodeRow(NamedTuple):
 
 
 class WholeStep(NamedTuple):
-    """A step of ranks that have sequences of their own: what all of them know of it."""
+    """A step of ranks that have sequences of their own: what all of them know of it. Without it all step alike."""
 
     sequences: tuple[int, ...]  # of each rank
     tokens: tuple[int, ...]  # rows of each rank
@@ -173,7 +173,7 @@ class Stepper:
         whole: WholeStep | None = None,
     ) -> StepResult:
         """Launches one step and returns at once. `uniforms`: the random number of each row; none for greedy rows."""
-        live = (len(rows),) if whole is None else whole.sequences
+        live = (len(rows),) * self._lines if whole is None else whole.sequences
         size = self._bucket(max(live)) if self.device.type == "cuda" else max(live)
         if size not in self._buffers:
             self._buffers[size] = self._new_buffers(size)
@@ -238,7 +238,8 @@ class Stepper:
     def _step_rows(self, pieces: Sequence[Piece], whole: WholeStep | None) -> StepRows | None:
         if self.ranks.size == 1:
             return None
-        live = [sum(len(piece.token_ids) for piece in pieces)] if whole is None else whole.tokens
+        alike = (sum(len(piece.token_ids) for piece in pieces),) * self._lines
+        live = alike if whole is None else whole.tokens
         (live_G,) = upload([live], self.device)
         return StepRows(max(live), live_G)
 
@@ -252,7 +253,7 @@ class Stepper:
     ) -> StepResult:
         """`count`: of this rank's rows, the first ones that matter."""
         if whole is None:
-            sampled = Sampled(*(part[0, :count] for part in sampled))
+            sampled = Sampled(*(part[self._line, :count] for part in sampled))
             return _in_flight(sampled, None if top is None else logprobs(logits[:count], sampled.token_ids, top))
         size = sampled.token_ids.shape[1]
         order = [rank * size + index for rank, index in whole.places]
