@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from moe_nvfp4.async_runner import AsyncMoERunner
+from moe_nvfp4.engine.stats import EngineStats
 from moe_nvfp4.errors import MoeNvfp4Error
 from moe_nvfp4.generation import Completion, Increment
 from moe_nvfp4.launch.http_dialects import Dialect
@@ -47,7 +48,7 @@ class ServedModel:
         # A long prompt, or a schema that takes long to compile, holds up few other prompts and nobody's answer.
         self._encoder = ThreadPoolExecutor(ENCODERS, thread_name_prefix=f"moe-nvfp4 prompts {name}")
         self._mean_seconds = 1.0
-        metrics.registry.register(self._gauges)
+        metrics.registry.register(self._engine_figures)
 
     async def encode(self, function: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._encoder, function)
@@ -117,19 +118,31 @@ class ServedModel:
         self._last_token = time.monotonic()
         return True
 
-    def _gauges(self) -> Iterable[Family]:
-        """Of the engine, if it is in this process."""
-        scheduler = getattr(self.runner.runner.engine, "scheduler", None)
-        if scheduler is None:
+    def _engine_figures(self) -> Iterable[Family]:
+        """Of an engine in this process."""
+        stats = getattr(self.runner.runner.engine, "stats", None)
+        if stats is None:
             return
-        label = {"model": self.name}
-        yield gauge("moe_nvfp4_requests_running", "Answers that are computed.", [(label, len(scheduler.running))])
-        yield gauge("moe_nvfp4_requests_waiting", "Answers that wait for a place.", [(label, len(scheduler.waiting))])
-        pools = list(enumerate(scheduler.memory.pools))
-        free = [({**label, "group": str(group)}, float(pool.available)) for group, pool in pools]
-        yield gauge("moe_nvfp4_pages_free", "Pages of the cache that no answer holds.", free)
-        held = [({**label, "group": str(group)}, float(pool.held)) for group, pool in pools]
-        yield gauge("moe_nvfp4_pages_held", "Pages of the cache that answers hold.", held)
+        now: EngineStats = stats()
+        label, counters = {"model": self.name}, now.counters
+        for name, text, value in (
+            ("requests_running", "Answers that are computed.", now.running),
+            ("requests_waiting", "Answers that wait for a place.", now.waiting),
+            ("places_free", "Answers more that could be computed at once.", now.free_slots),
+        ):
+            yield gauge(f"moe_nvfp4_{name}", text, [(label, value)])
+        for name, text, total in (
+            ("preemptions_total", "Answers that gave their pages up for a while.", float(counters.preemptions)),
+            ("decode_steps_total", "Steps of next tokens only.", counters.decode_steps),
+            ("mixed_steps_total", "Steps with parts of prompts.", counters.mixed_steps),
+            ("busy_seconds_total", "In which the engine had something to do.", counters.busy_seconds),
+        ):
+            yield gauge(f"moe_nvfp4_{name}", text, [(label, total)], "counter")
+        groups = [{**label, "group": str(group)} for group in range(len(now.pages))]
+        held = [count - free for count, free in zip(now.pages, now.free_pages, strict=True)]
+        free_text, held_text = "Pages of the cache that no answer holds.", "Pages of the cache that answers hold."
+        yield gauge("moe_nvfp4_pages_free", free_text, zip(groups, now.free_pages, strict=True))
+        yield gauge("moe_nvfp4_pages_held", held_text, zip(groups, held, strict=True))
 
     def close(self) -> None:
         self._encoder.shutdown(wait=False, cancel_futures=True)

@@ -160,10 +160,17 @@ def test_a_full_queue(served: Serving) -> None:
             response = post(tight, long(stream=stream_too))
             assert error_of(response, 429)["code"] == "queue_full"
             assert 1 <= int(response.headers["retry-after"]) <= 60
-        threading.Timer(0.3, lambda: [stream.__exit__(None, None, None) for stream in streams]).start()
+
+        def leave() -> None:
+            until(lambda: tight.value("moe_nvfp4_requests_total", outcome="rejected") >= 3)
+            for stream in streams:
+                stream.__exit__(None, None, None)
+
+        leaving = threading.Thread(target=leave)
+        leaving.start()
         with openai.OpenAI(base_url=f"{tight.url}/v1", api_key="any", max_retries=5) as client:
             assert client.completions.create(model="demo", prompt="x", max_tokens=3).choices[0].text
-        assert tight.value("moe_nvfp4_requests_total", outcome="rejected") >= 3
+        leaving.join(10)
 
 
 def test_the_deadline(runner: MoERunner) -> None:
@@ -229,6 +236,8 @@ def test_ready_and_metrics(runner: MoERunner) -> None:
         assert 'moe_nvfp4_time_between_tokens_seconds_count{model="demo"} 8' in text
         assert served.value("moe_nvfp4_pages_free", model="demo") > 0
         assert served.value("moe_nvfp4_requests_running", model="demo") == 0
+        assert served.value("moe_nvfp4_places_free", model="demo") == 8
+        assert served.value("moe_nvfp4_decode_steps_total", model="demo") >= 4
 
 
 def test_an_engine_that_is_gone() -> None:
