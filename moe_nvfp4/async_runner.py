@@ -29,7 +29,8 @@ class AsyncMoERunner:
         self, prompts: Any, sampling: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Generation | list[Generation]:
         """Answers one prompt or many, as `MoERunner.generate` does."""
-        requests = self.runner.prompts.encode(prompts, sampling)
+        # In a thread: to compile a grammar may take seconds.
+        requests = await asyncio.to_thread(self.runner.prompts.encode, prompts, sampling)
         done: dict[tuple[int, int], Completion] = {}
         async for increment in self._serve(requests):
             if increment.completion is not None:
@@ -39,7 +40,10 @@ class AsyncMoERunner:
     def stream(
         self, prompts: Any, sampling: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> AsyncGenerator[Increment, None]:
-        """Increments while they come. A bad request raises here; who leaves early closes the iterator (`aclose`)."""
+        """Increments while they come. A bad request raises here; who leaves early closes the iterator (`aclose`).
+
+        A grammar that is new may take seconds to compile, here: call this in a thread then.
+        """
         return self._serve(self.runner.prompts.encode(prompts, sampling))
 
     async def close(self) -> None:
