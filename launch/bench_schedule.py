@@ -122,9 +122,9 @@ class Simulation:
                 self._arrive(scheduler, coming)
                 coming = next(stage.requests, None)
             self._leave(scheduler)
-            began = time.perf_counter()
+            began = time.thread_time()
             step = scheduler.plan()
-            self.host_seconds += time.perf_counter() - began
+            self.host_seconds += time.thread_time() - began
             if step is not None:
                 self._launch(scheduler, step)
             if self.flights and (step is None or len(self.flights) >= DEPTH):
