@@ -16,8 +16,10 @@ playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright
 import uvicorn  # noqa: E402
 from fastapi import FastAPI, Request  # noqa: E402
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse  # noqa: E402
+from serving import demo_runner, serving  # noqa: E402
 
 from moe_nvfp4.launch.page import FILE, page_router  # noqa: E402
+from moe_nvfp4.sampling import SamplingParams  # noqa: E402
 
 BYTES = 25_000
 MARKDOWN = """Read **this**, `x < 3` and *that*:
@@ -166,6 +168,28 @@ def ask(page: Any, text: str) -> None:
 
 def ended(page: Any) -> None:
     page.get_by_role("button", name="Send").wait_for()
+
+
+def test_the_real_server(browser: Any) -> None:
+    """The demo model's answer, its gauges, and what they come from."""
+    with demo_runner() as runner, serving({"demo": runner}) as server:
+        page = browser.new_page()
+        page.goto(server.url)
+        page.get_by_role("option", name="demo").wait_for(state="attached")
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_label("Most tokens").fill("12")
+        ask(page, "Tell me a story")
+        ended(page)
+        messages = [{"role": "user", "content": "Tell me a story"}]
+        offline = runner.generate(messages, SamplingParams(max_new_tokens=12))
+        shown = page.get_by_role("article", name="Answer").inner_text()
+        assert "Ended at the most tokens allowed." in shown
+        for word in re.findall(r"[a-z]{4,}", offline.text):
+            assert word in shown
+        assert page.locator("#tokens").inner_text() == "12"
+        page.get_by_text("Free pages").wait_for(timeout=10_000)
+        assert int(page.locator("#gauges dd").last.inner_text().replace(",", "")) > 0
+        page.close()
 
 
 def test_one_small_file() -> None:
