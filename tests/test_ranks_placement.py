@@ -5,10 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from model_checks import tiny_model
-from ranks import RankPool, answers_of, answers_while_experts_move, one_thread, plan_of, refusal
+from ranks import RankPool, answers_of, answers_while_experts_move, one_thread, plan_of, prepare, refusal
 
 from moe_nvfp4.checkpoint import Checkpoint
+from moe_nvfp4.errors import RequestError
+from moe_nvfp4.parallel import AttentionMode, Ranks
 from moe_nvfp4.routing.placement import Placement, Slots
 from moe_nvfp4.sampling import SamplingParams
 
@@ -118,3 +121,16 @@ def test_what_is_refused(pool: RankPool, folders: dict) -> None:
     assert "over 4 ranks; this checkpoint and group need 9 experts" in refused("replicated", placement=four)
     assert "8 experts in 4 layers" in refused("replicated", placement=Placement.even(range(4), 8, 2))
     assert "buckets: got [8]; expected batch sizes up to max_batch_size, 4" in refused("data", buckets=[8])
+
+
+@pytest.mark.parametrize(
+    ("size", "attention", "message"),
+    [
+        (3, "tensor", "4 attention heads cannot be shared out evenly over 3 ranks; use a divisor of 4"),
+        (9, "data", "9 ranks for 8 experts; expected a rank for each at most"),
+    ],
+)
+def test_ranks_that_do_not_fit_the_model(folders: dict, size: int, attention: AttentionMode, message: str) -> None:
+    """Before anything is loaded, so one rank alone can tell."""
+    with pytest.raises(RequestError, match=message):
+        prepare(folders["qwen3.6"], Ranks(0, size, attention, torch.device("cpu"), None, None))
