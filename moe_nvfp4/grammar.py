@@ -104,7 +104,9 @@ class Grammars:
         self._build()
         with self._lock:
             compiled = self._find(constraint)
-        return self._begin(self._compile(constraint) if compiled is None else compiled)
+        if compiled is None:
+            self._keep(constraint, compiled := self._compile(constraint))
+        return self._begin(compiled)
 
     def _begin(self, compiled: Any) -> Matcher:
         return Matcher(self._library.GrammarMatcher(compiled), self._filler)
@@ -114,14 +116,17 @@ class Grammars:
             self._kept.move_to_end(constraint)
         return self._kept.get(constraint)
 
+    def _keep(self, constraint: Constraint, compiled: Any) -> None:
+        with self._lock:
+            self._kept[constraint] = compiled
+            while len(self._kept) > 1 and sum(one.memory_size_bytes for one in self._kept.values()) > KEPT_BYTES:
+                self._kept.popitem(last=False)
+
     def _compile_for(self, constraint: Constraint, job: Future[Any]) -> None:
         try:
             compiled = self._compile(constraint)
             self._try(constraint, compiled)
-            with self._lock:
-                self._kept[constraint] = compiled
-                while len(self._kept) > 1 and sum(one.memory_size_bytes for one in self._kept.values()) > KEPT_BYTES:
-                    self._kept.popitem(last=False)
+            self._keep(constraint, compiled)
             job.set_result(None)
         except BaseException as error:
             job.set_exception(error)

@@ -261,7 +261,8 @@ def test_compiled_once_and_kept_within_bounds(grammars: Grammars, monkeypatch: p
     monkeypatch.setattr(grammar, "KEPT_BYTES", 1)
     grammars.check(second := Constraint("regex", "[0-9]{5}"))
     assert list(grammars._kept) == [second]
-    assert grammars.matcher(first).accept(15)  # "0": compiled again
+    assert grammars.matcher(first).accept(15)  # "0": compiled again, and kept
+    assert list(grammars._kept) == [first]
 
 
 def test_a_random_walk_stays_inside(grammars: Grammars) -> None:

@@ -24,7 +24,8 @@ from moe_nvfp4.engine.sequence_memory import Memory, SequenceMemory, TableChange
 
 SNAPSHOT_PAGES: Final = 4  # a shorter prefix is computed again faster than its states are copied
 # How much longer a step of answers may take for the prompts beside it. With 2.25 the 99th percentile between tokens is
-# below three times the median in `bench schedule`; under more load than it can serve it costs 5 to 11 % of the tokens.
+# 3.0 times the median on the adversarial trace of `bench schedule`, and 5.0 without; prompts wait two to four times as
+# long there. Under more load than can be served it costs 5 to 11 % of the tokens.
 STRETCH: Final = 2.25
 
 
