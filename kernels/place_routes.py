@@ -66,7 +66,7 @@ def place_routes_twin(
     return torch.where(mine, slots[ids], -1).int().view(groups * rows, choices)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "rows", "group_stride"])  # one kernel for any number of rows
 def place_pairs(
     ids_ptr, table_ptr, live_ptr, counts_ptr, out_ptr, N, rows, group_stride, num_experts,
     K: tl.constexpr, LIVE: tl.constexpr, COUNT: tl.constexpr, B: tl.constexpr, PDL: tl.constexpr,
