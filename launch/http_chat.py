@@ -1,5 +1,6 @@
 """/v1/chat/completions: messages through the model's own template; its reasoning and tool calls out of its text."""
 
+import importlib.util
 import json
 import secrets
 from collections.abc import Sequence
@@ -7,7 +8,9 @@ from typing import Any
 
 from fastapi import Request, Response
 
+from moe_nvfp4.errors import RequestError
 from moe_nvfp4.generation import Increment, TokenLogprob
+from moe_nvfp4.json_schema import checked_schema
 from moe_nvfp4.launch.http_answer_parser import AnswerParser, Text
 from moe_nvfp4.launch.http_dialects import CallForm
 from moe_nvfp4.launch.http_errors import ApiError
@@ -17,6 +20,8 @@ from moe_nvfp4.launch.http_sampling import at_most, sampling_params
 from moe_nvfp4.launch.http_schemas import ChatRequest, Message, NamedTool
 from moe_nvfp4.launch.http_server import Server
 from moe_nvfp4.tokenizer import Tokenizer
+
+GRAMMARS = importlib.util.find_spec("xgrammar") is not None  # the extra `grammar`
 
 
 async def chat(server: Server, request: Request, body: ChatRequest) -> Response:
@@ -60,7 +65,7 @@ async def chat(server: Server, request: Request, body: ChatRequest) -> Response:
 
 def _forced(body: ChatRequest, form: CallForm) -> tuple[str, str, dict[str, Any]]:
     """Of an answer that has to be a call: how it begins, how it ends, and what is between. Where the function is not
-    known yet, or its arguments are no JSON, only the beginning is sure."""
+    known yet, its arguments are no JSON, or its schema cannot be enforced, only the beginning is sure."""
     tools = {tool.function.name: tool.function for tool in body.tools or ()}
     if isinstance(body.tool_choice, NamedTool):
         name = body.tool_choice.function.name
@@ -72,8 +77,11 @@ def _forced(body: ChatRequest, form: CallForm) -> tuple[str, str, dict[str, Any]
     begun = form.forced.format(name=name)
     if not form.closing:
         return begun, "", {}
-    schema = tools[name].parameters
-    return begun, form.closing, {"json_schema": schema} if schema else {"json_object": True}
+    try:
+        schema = checked_schema(tools[name].parameters or {"type": "object"})
+    except RequestError:
+        return begun, "", {}
+    return (begun, form.closing, {"json_schema": schema}) if GRAMMARS else (begun, "", {})
 
 
 def _template_arguments(body: ChatRequest, *, thinks: bool) -> dict[str, Any]:

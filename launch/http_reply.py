@@ -100,10 +100,12 @@ async def answer(server: Server, request: Request, body: SamplingRequest, job: J
     except ClientGone:
         over("cancelled")
         return Response(status_code=499)  # nobody reads it
-    except Exception as error:
+    except BaseException as error:  # a cancelled task as well
         await relay.close()
         over(None)
-        raise api_error(error, model.retry_after) from error
+        if isinstance(error, Exception):
+            raise api_error(error, model.retry_after) from error
+        raise
     usage = bool(body.stream_options and body.stream_options.include_usage)
     return EventStream(relay, _events(relay, job, record, usage, settings.keep_alive), over)
 

@@ -290,6 +290,14 @@ def test_a_call_that_is_demanded(client: openai.OpenAI, choice: Any) -> None:
     assert built == [{"name": one.name, "arguments": one.arguments} for one in expected]
 
 
+def test_a_demanded_call_whose_schema_cannot_be_enforced(client: openai.OpenAI) -> None:
+    """The answer begins as a call; a random model does not finish it, and then it is text."""
+    tool = {"type": "function", "function": {"name": "odd", "parameters": {"not": {"type": "string"}}}}
+    asked: Any = {"messages": HELLO, "tools": [tool], "tool_choice": "required", "max_tokens": 9, **GREEDY}
+    message = client.chat.completions.create(model="tools", **asked).choices[0].message
+    assert (message.content or "").startswith('<tool_call>\n{"name": "odd", "arguments": ') and not message.tool_calls
+
+
 class Saying(AsyncMoERunner):
     """Makes the model say a text, by a grammar that allows nothing else."""
 
