@@ -171,14 +171,15 @@ class SequenceMemory:
 
     def snapshot_answer(self, memory: Memory, position: int) -> int | None:
         """The same for an answer, whose last tokens may not be known yet: the line can be found once they are. It stays
-        with the answer, and the last one is left for the next turn of a conversation. Half of all lines at most."""
+        with the answer, and the last one is left for the next turn of a conversation. They hold half of
+        all lines at most, or the only one."""
         pool = self.snapshots
         if not self.takes_snapshots or pool is None:
             return None
         if memory.line is not None:
             pool.drop(memory.line, first_to_go=True)
             memory.line = None
-        if not pool.available or pool.held >= pool.count // 2:
+        if not pool.available or pool.held >= max(1, pool.count // 2):
             return None
         memory.line, memory.line_pages = pool.take(), position // self.page
         return memory.line

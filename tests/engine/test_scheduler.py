@@ -193,6 +193,16 @@ def test_the_next_turn_of_a_conversation_goes_on_from_the_end_of_the_answer(dept
     server.check_answers(set())
 
 
+def test_one_line_is_enough_for_one_conversation() -> None:
+    server = Server(scheduler("states", pages=60, snapshots=1, step_rows=64, chunk=64), 2, vocabulary=10**6)
+    server.add(sequence(0, [5] * 18, 20))
+    server.finish()
+    server.add(sequence(1, [*server.sequences[0].tokens, 9], 20))
+    server.finish()
+    assert server.sequences[1].reused == 36
+    server.check_answers(set())
+
+
 def test_answers_take_half_of_the_lines_at_most() -> None:
     s = scheduler("states", pages=400, snapshots=4, slots=4, step_rows=64, chunk=64)
     server = Server(s, 2, vocabulary=10**6)
