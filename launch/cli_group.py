@@ -31,7 +31,11 @@ def add_group_options(parser: argparse.ArgumentParser) -> None:
         "--strategy", choices=STRATEGIES, default="PACK", help="how Ray places ranks on nodes; default: %(default)s"
     )
     group.add_argument(
-        "--hang-seconds", type=float, default=30.0, metavar="S", help="a rank that is silent so long is taken for dead"
+        "--hang-seconds",
+        type=float,
+        default=20.0,
+        metavar="S",
+        help="a rank that is silent so long is taken for dead; default: %(default)g",
     )
 
 

@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import RayError
 
 from moe_nvfp4.engine.orders import Sink
+from moe_nvfp4.engine.stats import EngineStats
 from moe_nvfp4.errors import EngineError, MoeNvfp4Error, QueueFullError
 from moe_nvfp4.generation import Answer, Increment, Timing
 from moe_nvfp4.launch.group_workers import BEAT_EVERY, CLOSING_SECONDS, GroupSettings, WorkerFailed, Workers, place
@@ -57,6 +58,8 @@ class GroupEngine:
         self._workers: Workers | None = None
         self._workers = workers = self._start(settings.placement_seconds)
         self.profile, self.load_seconds = workers.profile, workers.load_seconds
+        assert workers.stats is not None
+        self._stats = workers.stats
         self._threads = [
             threading.Thread(target=run, name=f"moe-nvfp4 group: {name}", daemon=True)
             for name, run in (("send", self._send), ("watch", self._watch))
@@ -68,6 +71,12 @@ class GroupEngine:
     @property
     def slots(self) -> int:
         return self.profile.slots
+
+    def stats(self) -> EngineStats:
+        """Of rank 0, some tenths of a second ago; counted from the last start of the group."""
+        if (workers := self._workers) is not None and workers.stats is not None:
+            self._stats = workers.stats
+        return self._stats
 
     @property
     def rebuilding(self) -> bool:

@@ -11,6 +11,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from moe_nvfp4.engine.stats import EngineStats
 from moe_nvfp4.errors import EngineError, MoeNvfp4Error
 from moe_nvfp4.launch.rendezvous import Place
 from moe_nvfp4.launch.worker import CONCURRENCY_GROUPS, Beat, ExpertWorker, Profile, Whereabouts
@@ -31,7 +32,7 @@ class GroupSettings:
     device: Literal["cuda", "cpu"] = "cuda"
     attention: AttentionMode = "replicated"
     strategy: Strategy = "PACK"
-    hang_seconds: float = 30.0
+    hang_seconds: float = 20.0
     placement_seconds: float = 60.0
     load_seconds: float = 1800.0
 
@@ -79,6 +80,7 @@ class Workers:
         self.size = len(self.actors)
         self._where: list[Whereabouts | None] = [None] * self.size
         self._turns: dict[int, tuple[int, float]] = {}
+        self.stats: EngineStats | None = None  # of rank 0, when it was last checked
         try:
             calls = [actor.whereabouts.remote(settings.device) for actor in self.actors]
             self._where = self._gather(calls, settings.placement_seconds)
@@ -98,6 +100,7 @@ class Workers:
             ended = [actor.end_of_start.remote() for actor in self.actors]
             self._gather(ended, settings.load_seconds)
             self._get(0, self.leader.first_token.remote())
+            self.check()
         except BaseException:
             self.end()
             raise
@@ -132,6 +135,7 @@ class Workers:
             first = min(errors, key=lambda rank: (_is_consequence(errors[rank]), rank))
             raise self._failed(first, f"raised\n{errors[first]}")
         self._check_turns(beats)
+        self.stats = beats[0].stats or self.stats
 
     def end(self) -> None:
         """At once, and gives the room back. A process that does not react is killed by its node's Ray after 5 s."""

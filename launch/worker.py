@@ -15,6 +15,7 @@ import torch
 
 from moe_nvfp4.checkpoint import Checkpoint
 from moe_nvfp4.engine.orders import Sink
+from moe_nvfp4.engine.stats import EngineStats
 from moe_nvfp4.expert_buffers import LayerExperts
 from moe_nvfp4.generation import Answer, Increment
 from moe_nvfp4.launch.rendezvous import Place, end_of_start, find_store, join, open_store
@@ -59,6 +60,7 @@ class Profile:
 class Beat:
     turns: int  # of the engine; they count up while it lives
     error: str | None  # the traceback that ended it
+    stats: EngineStats | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +166,10 @@ class ExpertWorker:
 
     def beat(self) -> Beat:
         if self.runner is None:
-            return Beat(0, None)
+            return Beat(0, None, None)
         failure = self.runner.engine.failure
         error = None if failure is None else "".join(traceback.format_exception(failure)).strip()
-        return Beat(self.runner.engine.turns, error)
+        return Beat(self.runner.engine.turns, error, self.runner.engine.stats())
 
     def call_everywhere(self, name: str, arguments: dict[str, Any]) -> Any:
         """Of rank 0."""

@@ -188,6 +188,11 @@ def test_clients_that_leave_are_late_or_ask_nonsense(group: GroupRunner) -> None
 
     assert ray.get(group.engine.workers.leader.__ray_call__.remote(unfinished)) == 0
     assert not group.engine._open
+    deadline = time.monotonic() + 30
+    while not (stats := group.engine.stats()).counters.cancelled or stats.running or stats.waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert stats.counters.answered >= 2 * len(PROMPTS) and stats.slots == group.engine.slots
 
 
 def test_a_bad_checkpoint_is_an_error_at_once(cluster: Any, tmp_path: Path) -> None:
