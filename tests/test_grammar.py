@@ -211,11 +211,13 @@ def test_ends_and_special_tokens(grammars: Grammars) -> None:
     assert not closed.accept(tokenizer.encode("b")[0])
 
 
-def test_masks_of_some_rows(grammars: Grammars) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_masks_of_some_rows(grammars: Grammars, device: str) -> None:
     matchers = [grammars.matcher(Constraint("regex", pattern)) for pattern in ("a+", "b")]
     logits = torch.randn(4, 1041)
-    changed = logits.clone()
+    changed = logits.clone().to(device)
     TokenMasks([3, 1], matchers).exclude(changed)
+    changed = changed.cpu()
     assert torch.equal(changed[[0, 2]], logits[[0, 2]])
     for row, matcher in ((3, matchers[0]), (1, matchers[1])):
         allowed = allowed_tokens(Matcher.fill([matcher], 1041), 1041)[0]
