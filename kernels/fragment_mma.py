@@ -44,7 +44,13 @@ def operand(words, pairs, W: gl.constexpr, KT: gl.constexpr, A: gl.constexpr):
     hi = gl.expand_dims(((pairs >> 8) & 0xFF) * 0x00100010 + 0x75807580, 4)
     words, lo = gl.broadcast(words, lo)
     words, hi = gl.broadcast(words, hi)
-    e0, e1, e2, e3, e4, e5, e6, e7 = decode(words, lo, hi)
+    return arranged(decode(words, lo, hi), W, KT, A)
+
+
+@gluon.jit
+def arranged(e, W: gl.constexpr, KT: gl.constexpr, A: gl.constexpr):
+    """A [16 W, 64 KT] from e[4 i2 + 2 i1 + i0] of [W, KT, 8, 4, 4]."""
+    e0, e1, e2, e3, e4, e5, e6, e7 = e
     x = gl.join(gl.join(gl.join(e0, e1), gl.join(e2, e3)), gl.join(gl.join(e4, e5), gl.join(e6, e7)))
     x = gl.permute(x, (0, 6, 2, 1, 4, 7, 3, 5))  # w, i1, r, kt, j, i2, c, i0
     return gl.convert_layout(gl.reshape(x, (16 * W, 64 * KT)), A, assert_trivial=True)
