@@ -182,6 +182,7 @@ def _serve_offline(arguments: argparse.Namespace) -> int:
         max_batch_size=arguments.max_batch_size,
         max_seq_len=prompt[1] + answer[1],
         prefix_reuse=not arguments.no_prefix_reuse,
+        warm_up=True,
     )
     with MoERunner(prepared) as runner:
         figures = bench_serve_offline(runner, trace, print)

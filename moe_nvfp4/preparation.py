@@ -61,6 +61,7 @@ class Preparation:
         buckets: Sequence[int] | None = None,
         prefix_reuse: bool = True,
         max_waiting: int = 4096,
+        warm_up: bool = False,
         verbose: bool = True,
         ranks: Ranks | None = None,
         placement: Placement | None = None,
@@ -91,7 +92,7 @@ class Preparation:
                 self.config = config.sharded(self.ranks.size)
                 self._cuts = cuts(self.found.dense, config.cache_spec, self.ranks.size, self.ranks.rank)
             self.fast = self._has_kernels()
-            self.cuda_graphs = cuda_graphs and self.fast
+            self.cuda_graphs, self.warm_up = cuda_graphs and self.fast, warm_up and self.fast
             self.step_rows = FAST_STEP_ROWS if self.fast else STEP_ROWS
             if self.ranks.splits_rows:  # experts see the rows of all ranks
                 self.step_rows = max(STEP_ROWS, self.step_rows // self.ranks.size)

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from moe_nvfp4.batch import Batch, Piece
-from moe_nvfp4.cache import PAGE, SequenceCache
-from moe_nvfp4.engine import scheduler
-from moe_nvfp4.engine.cost import USUAL
+from moe_nvfp4.cache import SequenceCache
+from moe_nvfp4.engine.data_parallel import scheduler_of
 from moe_nvfp4.engine.lease import Lease
 from moe_nvfp4.engine.loop import Engine
 from moe_nvfp4.engine.orders import Build, Orders
-from moe_nvfp4.engine.sequence_memory import PageGroup, SequenceMemory
 from moe_nvfp4.engine.stepper import Stepper
+from moe_nvfp4.engine.warm_up import warm_up
 from moe_nvfp4.frontend import Frontend
 from moe_nvfp4.preparation import Preparation
 
@@ -49,10 +48,13 @@ class MoERunner(Frontend):
             buckets=prepared.buckets,
             graphs=prepared.cuda_graphs,
             verbose=prepared.verbose,
+            ranks=prepared.ranks,
         )
+        if prepared.warm_up:
+            warm_up(self.stepper, prepared.step_rows, prepared.cache_settings.chunk, prepared.verbose)
         self.engine: Engine = Engine(
             self.stepper,
-            _scheduler(prepared),
+            scheduler_of(prepared),
             prepared.eos_token_ids,
             self.config.vocab_size,
             orders(self.answer) if orders else None,
@@ -80,6 +82,7 @@ class MoERunner(Frontend):
         buckets: Sequence[int] | None = None,
         prefix_reuse: bool = True,
         max_waiting: int = 4096,
+        warm_up: bool = False,
         verbose: bool = True,
         **of_a_group: Any,
     ) -> Preparation:
@@ -90,7 +93,9 @@ class MoERunner(Frontend):
         fp8 keeps keys and values as E4M3. Without `cuda_graphs` a GPU takes the same steps launch by launch.
         `buckets`: batch sizes that get a graph, the largest of them max_batch_size; default: some sizes up to it.
         Beyond max_batch_size requests at once, `max_waiting` may wait. `prefix_reuse`: what a prompt has in common
-        with one before it is not computed again. `of_a_group`: for one rank of several, see `Preparation`.
+        with one before it is not computed again. `warm_up`, on a GPU: compile at once what prompts of any length need,
+        some seconds with an empty kernel cache, and not when the first of them comes. `of_a_group`: for one rank of
+        several, see `Preparation`.
         """
         return Preparation(
             path_or_hub_id,
@@ -103,6 +108,7 @@ class MoERunner(Frontend):
             buckets=buckets,
             prefix_reuse=prefix_reuse,
             max_waiting=max_waiting,
+            warm_up=warm_up,
             verbose=verbose,
             **of_a_group,
         )
@@ -147,17 +153,3 @@ class MoERunner(Frontend):
         self.engine.release()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _scheduler(prepared: Preparation) -> scheduler.Scheduler:
-    plan, spec = prepared.plan, prepared.config.cache_spec
-    groups = [PageGroup(pages, part.window) for pages, part in zip(plan.pages, spec.attention, strict=True)]
-    memory = SequenceMemory(groups, PAGE, plan.snapshots if spec.delta else None, reuse=prepared.prefix_reuse)
-    limits = scheduler.Limits(
-        slots=plan.max_batch_size,
-        step_rows=prepared.step_rows,
-        chunk=prepared.cache_settings.chunk,
-        max_waiting=prepared.max_waiting,
-        cost=USUAL if prepared.fast else None,
-    )
-    return scheduler.Scheduler(memory, limits)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 
 from moe_nvfp4.batch import Piece
+from moe_nvfp4.engine.data_parallel import DataParallelScheduler
 from moe_nvfp4.engine.orders import Call, Cancel, Close, Late, LocalOrders, Order, Orders, Sink, Submit
 from moe_nvfp4.engine.scheduler import Scheduler, Sequence, Step
 from moe_nvfp4.engine.stats import Counters, EngineStats
@@ -47,7 +48,7 @@ class Engine:
     def __init__(
         self,
         stepper: Stepper,
-        scheduler: Scheduler,
+        scheduler: Scheduler | DataParallelScheduler,
         eos_token_ids: frozenset[int],
         vocab_size: int,
         orders: Orders | None = None,
