@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from serving import DEMO, until
 
 from moe_nvfp4.launch import cli
 
-BODY = {"model": "demo", "prompt": "x", "max_tokens": 200, "ignore_eos": True, "stream": True}
+BODY = {"model": "demo", "prompt": "x", "max_tokens": 300, "ignore_eos": True, "stream": True}
 
 
 @contextmanager
@@ -57,7 +58,7 @@ def test_drain_on_sigterm(tmp_path: Path) -> None:
         assert server.wait(20) == 0
         assert server.stderr is not None
         logged = server.stderr.read()
-        line = next(json.loads(one) for one in logged.splitlines() if '"new_tokens": 200' in one)
+        line = next(json.loads(one) for one in logged.splitlines() if '"new_tokens": 300' in one)
         assert line["outcome"] == "ok" and "from-" not in logged and "Traceback" not in logged
 
 
@@ -89,7 +90,7 @@ def test_bad_options(options: list[str], message: str, capsys: pytest.CaptureFix
 
 
 def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
-    with process("--quiet") as (_, url):
-        port = url.rsplit(":", 1)[1]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
         assert cli.main(["serve", "--model", str(DEMO), "--port", port, "--quiet"]) == 2
     assert "cannot listen there" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -317,7 +318,15 @@ def test_reasoning_content_and_calls(served: Serving, client: openai.OpenAI, mon
     saying.text = f"<think>\nHm <b>.\n</think>\n\nI look.{calls_of(1)}{calls_of(2)}"
     monkeypatch.setattr(served.server.models["tools"], "runner", saying)
     asked: Any = {"model": "tools", "messages": HELLO, "max_tokens": 400}
-    whole = client.chat.completions.create(**asked, tools=[WEATHER, NOW])
+    others: list[dict[str, Any]] = [
+        {"tools": [WEATHER], "parallel_tool_calls": False},
+        {"tools": [NOW]},
+        {"tools": [WEATHER], "tool_choice": "none"},
+    ]
+    with ThreadPoolExecutor() as pool:  # at once, since each takes a second
+        whole, single, *without = pool.map(
+            lambda fields: client.chat.completions.create(**asked, **fields), [{"tools": [WEATHER, NOW]}, *others]
+        )
     message: Any = whole.choices[0].message
     assert (message.reasoning_content, message.content) == ("Hm <b>.", "I look.")
     assert [arguments_of(call)["days"] for call in message.tool_calls] == [1, 2]
@@ -334,10 +343,9 @@ def test_reasoning_content_and_calls(served: Serving, client: openai.OpenAI, mon
     assert [part.index for part in parts] == [0, 0, 1, 1]
     assert [part.function.name for part in parts if part.id] == ["weather", "weather"]
 
-    one_call = client.chat.completions.create(**asked, tools=[WEATHER], parallel_tool_calls=False).choices[0].message
-    assert one_call.tool_calls is not None and len(one_call.tool_calls) == 1
-    for unknown in ({"tools": [NOW]}, {"tools": [WEATHER], "tool_choice": "none"}):
-        message = client.chat.completions.create(**asked, **unknown).choices[0].message
+    assert len(single.choices[0].message.tool_calls or []) == 1
+    for found in without:
+        message = found.choices[0].message
         assert message.tool_calls is None and message.content == f"I look.{calls_of(1)}{calls_of(2)}"
 
 

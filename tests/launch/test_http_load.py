@@ -41,14 +41,18 @@ def kinds(served: Serving) -> list[Kind]:
     return [(prompt, one, answer.text) for prompt, one, answer in zip(prompts, fields, answers, strict=True)]
 
 
-async def one_stream(client: httpx.AsyncClient, kind: Kind, patience: int | None, chat: random.Random) -> str:
+async def one_stream(client: httpx.AsyncClient, kind: Kind, patience: int | None, draw: random.Random) -> str:
     """Reads it to its end, or `patience` lines of it."""
     prompt, fields, expected = kind
     body = {"model": "demo", "prompt": prompt, "stream": True, **fields}
     if patience == 0:  # gone before the answer begins
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(client.post("/v1/completions", json={**body, "stream": False}), chat.random() / 20)
-        return "cancelled"
+        asked = client.post("/v1/completions", json={**body, "stream": False})
+        try:
+            response = await asyncio.wait_for(asked, draw.random() / 20)
+        except TimeoutError:
+            return "cancelled"
+        assert response.json()["choices"][0]["text"] == expected
+        return "finished"
     text, lines = "", 0
     async with client.stream("POST", "/v1/completions", json=body) as response:
         assert response.status_code == 200
@@ -83,7 +87,7 @@ def test_streams_that_end_and_streams_that_are_cancelled(served: Serving) -> Non
     before, memory, began, rounds = left_behind(), 0, time.monotonic(), 0
     while rounds == 0 or time.monotonic() - began < SECONDS:
         counts = asyncio.run(a_round(served.url, found, rounds))
-        assert counts["finished"] >= STREAMS * 0.6 and counts["cancelled"] >= STREAMS * 0.3, counts
+        assert counts["finished"] >= STREAMS * 0.6 and counts["cancelled"] >= STREAMS * 0.2, counts
         require_free(served.runners["demo"], 30)
         assert not served.server.relays
         until(lambda: left_behind() == before, 30)
