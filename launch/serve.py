@@ -80,8 +80,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     try:
         serve.run(app, name=arguments.app, route_prefix=arguments.route_prefix)
     except RuntimeError as error:
+        found = serve.status().applications[arguments.app].deployments.values()
         serve.delete(arguments.app)
-        raise EngineError(f"the app did not start: {error}") from error
+        raise EngineError("\n".join(["the app did not start", *(one.message for one in found)])) from error
     shown = f"http://{arguments.host}:{arguments.port}{arguments.route_prefix.rstrip('/')}"
     print(f"serving {', '.join(names)} at {shown}, {arguments.replicas} replicas", file=sys.stderr, flush=True)
     over.wait()
