@@ -23,10 +23,10 @@ from moe_nvfp4.kernels.nvfp4 import FP8Tensor
 # against 22.1 of decoding at 64 rows, 20.2 against 22.2 at 96, 25.8 against 22.9 at 128; fp8 18.9 against 22.2 at 64,
 # 26.0 against 22.9 at 96; of 59 at 1024 rows 12 are decoding, of 187 at 4096 13.
 _FEW_ROWS: Final = {"nvfp4": 80, "fp8": 64}
-# Where dense_tiles is beside it, and for bfloat16, it may read so many bytes. µs of dense_rows and dense_tiles: fp8
-# 2048 x 2048 4.1 and 5.5 at 32 rows (8.4 MB), 7.6 and 6.8 at 64; nvfp4 2816 x 2112 6.2 and 6.2 at 32 (6.7 MB), 10.3 and
-# 8.3 at 64; nvfp4 2048 x 512 2.6 and 3.7 at 64. Of dense_rows and cuBLAS, bfloat16: 64 x 2048 2.4 and 5.0 at 64 rows,
-# 2.7 and 5.0 at 256; 2816 x 2112 7.1 and 6.6 at 32 (24 MB).
+# Where dense_tiles is beside it, and for bfloat16, it may read so many bytes, for up to 256 rows. µs of dense_rows and
+# dense_tiles: fp8 2048 x 2048 4.1 and 5.5 at 32 rows (8.4 MB), 7.6 and 6.8 at 64; nvfp4 2816 x 2112 6.2 and 6.2 at 32
+# (6.7 MB), 10.3 and 8.3 at 64; nvfp4 2048 x 512 2.6 and 3.7 at 64. Of dense_rows and cuBLAS, bfloat16: 64 x 2048 2.4
+# and 5.0 at 64 rows, 2.7 and 5.0 at 256; 2816 x 2112 7.1 and 6.6 at 32 (24 MB).
 _READ_BYTES: Final = 9 << 20
 # Above so many rows, weights with fewer outputs are decoded for cuBLAS. µs of dense_tiles and of decoding at 256 rows:
 # fp8 2048 x 4096 20 and 17.6, 9216 x 2048 37.7 and 37.7, 12288 x 2048 38.6 and 43.9; nvfp4 2816 x 2112 16.1 and 13.5,
@@ -80,7 +80,7 @@ def dense_linear(
 
 def _few_rows(rows: int, weight: DenseWeight, tiles: bool) -> bool:
     if tiles or isinstance(weight, Tensor):
-        return rows <= 16 or -(-rows // 16) * weight.nbytes <= _READ_BYTES
+        return rows <= 16 or (rows <= MAX_ROWS and -(-rows // 16) * weight.nbytes <= _READ_BYTES)
     return rows <= _FEW_ROWS[kind_of(weight)]
 
 

@@ -6,10 +6,10 @@ are copied once more within shared memory, to the order in which a lane's adjace
 `fragments.py`, which suits FP8 as well (16 adjacent bytes of rows r and r + 8). Where the weight has few rows its
 columns are shared between programs, and a second launch adds their sums, float32, in a fixed order.
 
-What is left to gain, one H200, fp8 12288 x 2048, 64 rows: 16.2 us; without products 11, without copies of weight and
-x 12, so copies, decoding and products overlap badly. Products 16 columns at a time between the decoding of the next,
-one product always in flight, x in operand order from a launch of its own, loads to registers instead of copies: 16.9
-to 18.6.
+What is left to gain, one H200, fp8 12288 x 2048, 64 rows, 16.0 us where the bytes need 7.7: copies, decoding and
+products overlap badly. A variant that took 17.3 took 10.9 without decoding and products, and 12.3 without copies.
+Tried, and not faster: one product always in flight, 17.4; products of 16 columns between the decoding of the next,
+18.6; x in operand order from a launch before, 17.4; weights and x loaded ahead to registers, 16.9.
 
 Letters: M rows of x; N rows and K columns of the weight; W warps, each with R strips of 16 rows, S = W R; SUB tiles a
 stage.
@@ -333,14 +333,14 @@ def tiling_for(fragments: bool, num_out: int, columns: int, rows: int) -> Tiling
     Programs of 128 rows of the weight fill the GPU where it has about 100 times as many; else columns are shared.
     """
     wide, narrow = -(-num_out // 128), -(-num_out // 64)  # programs, with two warpgroups or one
-    huge = wide > 8 * _PROGRAMS  # nvfp4 248320 x 2048 at 32, 64, 128, 256 rows: 112, 151, 268, 511
+    huge = wide > 8 * _PROGRAMS  # nvfp4 248320 x 2048 at 32, 64, 128, 256 rows: 112, 148, 265, 508
     if rows <= 32:  # fp8 2048 x 4096: 7.1, 12288 x 2048: 12.5; nvfp4 8192 x 2816: 10.1, of 64 rows 15.5
         first = Tiling(8, 1, 32, 2, 3, 1) if fragments else Tiling(4, 1, 32, 2, 4, 1)
         return _shared(first, wide if fragments else narrow, columns)
     if rows <= 64:
         if huge:  # Tiling(8, 1, 64, 2, 3, 1): 174
             return Tiling(4, 2, 64, 1, 4, 1)
-        if fragments or wide > _PROGRAMS // 2:  # fp8 12288 x 2048: 16.2; nvfp4 8192 x 2816: 13.6
+        if fragments or wide > _PROGRAMS // 2:  # fp8 12288 x 2048: 16.0; nvfp4 8192 x 2816: 13.6
             return _shared(Tiling(8, 1, 64, 2, 3, 1), wide, columns)
         return _shared(Tiling(4, 1, 64, 1, 4, 1), narrow, columns)  # fp8 2048 x 4096: 9.2, of 128 rows 10.0
     if rows <= 128:
