@@ -20,15 +20,14 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
-from moe_nvfp4.batch import Piece
 from moe_nvfp4.engine.data_parallel import DataParallelScheduler
+from moe_nvfp4.engine.launch import launch
 from moe_nvfp4.engine.orders import Call, Cancel, Close, Late, LocalOrders, Order, Orders, Sink, Submit
 from moe_nvfp4.engine.scheduler import Scheduler, Sequence, Step
 from moe_nvfp4.engine.stats import Counters, EngineStats
-from moe_nvfp4.engine.stepper import DecodeRow, Stepper, StepResult
+from moe_nvfp4.engine.stepper import Stepper, StepResult
 from moe_nvfp4.errors import DeadlineError, EngineError, QueueFullError, RequestError
 from moe_nvfp4.generation import Answer
-from moe_nvfp4.grammar import TokenMasks
 
 Result = TypeVar("Result")
 
@@ -227,48 +226,13 @@ class Engine:
         self.turns += 1
         step = self.scheduler.plan()
         if step is not None:
-            self._flights.append(Flight(step, self._launch(step)))
+            answers = [self._open[rows.sequence.ident][0] for rows in step.rows]
+            self._flights.append(Flight(step, launch(self.stepper, step, answers, self.vocab_size)))
             self.counters.launched(step)
         if self._flights and (step is None or len(self._flights) >= self._depth):
             self._land(self._flights.popleft())
         elif step is None and self.scheduler.waiting and self._orders.decides:
             time.sleep(0.002)  # pages are lent out; whoever has them gives them back through an order
-
-    def _launch(self, step: Step) -> StepResult:
-        cache, stepper = self.stepper.cache, self.stepper
-        cache.set_pages([(c.group, r.sequence.slot, c.index, c.page) for r in step.rows for c in r.changes])
-        for rows in step.rows:
-            if rows.restore is not None:
-                cache.copy_states(cache.first_snapshot + rows.restore, rows.sequence.slot)
-        answers = [self._open[rows.sequence.ident][0] for rows in step.rows]
-        for rows, answer in zip(step.rows, answers, strict=True):
-            if rows.samples and not rows.continues and answer.params.changes_logits:
-                tokens, prompt = rows.sequence.tokens, rows.sequence.prompt_length
-                stepper.penalties.begin(rows.sequence.slot, tokens[:prompt], tokens[prompt:], self.vocab_size)
-        wanted = [answer.params.logprobs for answer in answers if answer.params.logprobs is not None]
-        tops = max(wanted, default=None)
-        bound = [
-            (row, answer.matcher)
-            for row, (rows, answer) in enumerate(zip(step.rows, answers, strict=True))
-            if rows.samples and answer.matcher is not None
-        ]
-        masks = TokenMasks(*map(list, zip(*bound, strict=True))) if bound else None
-        if step.decodes_only:
-            rows_ = [DecodeRow(r.sequence.slot, r.start, a.params) for r, a in zip(step.rows, answers, strict=True)]
-            greedy = all(answer.params.greedy for answer in answers)
-            uniforms = None if greedy else [answer.sampler.uniform() for answer in answers]
-            result = stepper.decode(rows_, uniforms, tops, masks)
-        else:
-            pieces = [
-                Piece(r.sequence.slot, r.start, () if r.continues else r.sequence.tokens[r.start : r.start + r.count])
-                for r in step.rows
-            ]
-            samplers = [a.sampler if r.samples else None for r, a in zip(step.rows, answers, strict=True)]
-            result = stepper.mixed(pieces, samplers, tops, masks)
-        for rows in step.rows:
-            if rows.snapshot is not None:
-                cache.copy_states(rows.sequence.slot, cache.first_snapshot + rows.snapshot)
-        return result
 
     def _land(self, flight: Flight) -> None:
         token_ids, peaks = flight.result.wait()
