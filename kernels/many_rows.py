@@ -22,12 +22,10 @@ from moe_nvfp4.kernels.activation import activate, activate_tl
 from moe_nvfp4.kernels.compiling import ARCHITECTURES, CompileCase
 from moe_nvfp4.kernels.fragment_mma import pairs_of
 from moe_nvfp4.kernels.fragments import FragmentTensor, from_fragments
-from moe_nvfp4.kernels.many_rows_persistent import FEWEST_TILES, RING, products_persistent, ring_for
 from moe_nvfp4.kernels.many_rows_wgmma import down_wgmma, gate_up_wgmma
 from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases
 
 _TABLE_TILES: Final = 16  # tiles of one program of `arrange`
-MOST_APART: Final = 24  # pairs of an expert up to which many small programs are faster than few that stay
 _ARRANGE_BLOCKS: Final = 64  # blocks of 64 columns of one program of `arrange`
 
 
@@ -56,12 +54,11 @@ def routed_experts_many(
         return y_TH
     pairs = num_rows * top
     wgmma = not portable and x_TH.is_cuda and torch.cuda.get_device_capability(x_TH.device)[0] == 9
-    hidden_tiles, inner_tiles = up.words.shape[-4], down.words.shape[-4]
-    persistent = wgmma and min(hidden_tiles, inner_tiles) >= FEWEST_TILES and pairs > MOST_APART * num_experts
-    bn, warps = _tile_pairs(pairs / num_experts, wgmma, persistent), 4
+    bn, warps = _tile_shape(pairs / num_experts, wgmma)
     max_tiles = pairs // bn + min(num_experts, pairs)
+    hidden_tiles, inner_tiles = up.words.shape[-4], down.words.shape[-4]
     x_arranged = x_TH.new_empty(num_rows, 64 * hidden_tiles)
-    table = offsets.new_empty(3 * max_tiles + 1, dtype=torch.int32)
+    table = offsets.new_empty(3, max_tiles, dtype=torch.int32)
     blocks = triton.cdiv(num_rows * hidden_tiles, _ARRANGE_BLOCKS)
     dependent = launch_options(x_TH)
     arrange[(triton.cdiv(max_tiles, _TABLE_TILES) + blocks,)](
@@ -71,45 +68,25 @@ def routed_experts_many(
     )  # fmt: skip
     h_SI = x_TH.new_empty(pairs, 64 * inner_tiles)
     y_SH = x_TH.new_empty(pairs, hidden)
-    if persistent:
-        _products_persistent(x_arranged, gate, up, down, order_S, table, h_SI, y_SH, max_tiles, top, activation, bn)
-    else:
-        strips, halves = up.words.shape[-5], 1 if gate is not None else 2
-        source = gate if gate is not None else up
-        first, second = (gate_up_wgmma, down_wgmma) if wgmma else (gate_up_plain, down_plain)
-        # Triton's interpreter has no bfloat16 dot.
-        extra = dependent if wgmma else {"FP32": not x_TH.is_cuda}
-        first[(triton.cdiv(64 * inner_tiles, 16 * warps * halves), max_tiles)](
-            x_arranged, *_parts(source), *_parts(up), order_S, table, h_SI, max_tiles, TOP=top, STRIPS=strips,
-            TILES=hidden_tiles, COLUMNS=64 * inner_tiles, GATED=gate is not None, KIND=activation, W=warps, BN=bn,
-            num_warps=warps, **extra,
-        )  # fmt: skip
-        second[(triton.cdiv(hidden, 32 * warps), max_tiles)](
-            h_SI, *_parts(down), order_S, table, y_SH, max_tiles, STRIPS=down.words.shape[-5], TILES=inner_tiles,
-            COLUMNS=hidden, W=warps, BN=bn, num_warps=warps, **extra,
-        )  # fmt: skip
+    strips, halves = up.words.shape[-5], 1 if gate is not None else 2
+    source = gate if gate is not None else up
+    first, second = (gate_up_wgmma, down_wgmma) if wgmma else (gate_up_plain, down_plain)
+    # Triton's interpreter has no bfloat16 dot.
+    extra = dependent if wgmma else {"FP32": not x_TH.is_cuda}
+    first[(triton.cdiv(64 * inner_tiles, 16 * warps * halves), max_tiles)](
+        x_arranged, *_parts(source), *_parts(up), order_S, table, h_SI, max_tiles, TOP=top, STRIPS=strips,
+        TILES=hidden_tiles, COLUMNS=64 * inner_tiles, GATED=gate is not None, KIND=activation, W=warps, BN=bn,
+        num_warps=warps, **extra,
+    )  # fmt: skip
+    second[(triton.cdiv(hidden, 32 * warps), max_tiles)](
+        h_SI, *_parts(down), order_S, table, y_SH, max_tiles, STRIPS=down.words.shape[-5], TILES=inner_tiles,
+        COLUMNS=hidden, W=warps, BN=bn, num_warps=warps, **extra,
+    )  # fmt: skip
     block = min(1024, triton.next_power_of_2(hidden))
     weighted_sum[(num_rows, triton.cdiv(hidden, block))](
         y_SH, expert_ids_TK.contiguous(), weights_TK.contiguous(), y_TH, hidden, TOP=top, BLOCK=block, **dependent
     )
     return y_TH
-
-
-def _products_persistent(
-    x: Tensor, gate: FragmentTensor | None, up: FragmentTensor, down: FragmentTensor, order_S: Tensor, table: Tensor,
-    h_SI: Tensor, y_SH: Tensor, max_tiles: int, top: int, activation: str, bn: int,
-) -> None:  # fmt: skip
-    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-    for rows, first, second, out, kind, divide in (
-        (x, gate or up, up, h_SI, activation, top),
-        (h_SI, down, down, y_SH, "none", 0),
-    ):
-        strips, tiles = first.words.shape[-5:-3]
-        products_persistent[(programs,)](
-            rows, *_parts(first), *_parts(second), order_S, table, out, max_tiles, TOP=divide, STRIPS=strips,
-            TILES=tiles, COLUMNS=out.shape[1], GATED=first is not second, KIND=kind, BN=bn, num_warps=4,
-            **ring_for(bn, kind == "none"), **launch_options(x),
-        )  # fmt: skip
 
 
 def routed_experts_many_torch(
@@ -146,13 +123,16 @@ def _parts(weight: FragmentTensor) -> tuple[Tensor, Tensor, Tensor]:
     return weight.words, pairs_of(weight), weight.global_scale
 
 
-def _tile_pairs(mean_rows: float, wgmma: bool, persistent: bool) -> int:
-    """Pairs of a tile, from the mean number of pairs of an expert."""
-    if persistent:
-        return 64 if mean_rows <= 40 else 128
+def _tile_shape(mean_rows: float, wgmma: bool) -> tuple[int, int]:
+    """Pairs of a tile and warps of a program, from the mean number of pairs of an expert.
+
+    H200, us a layer at means 8 / 32 / 64 / 128 / 256 (Qwen3.6 at 256, 1024, 4096 rows; Gemma 4 at 1024, 4096):
+    32 pairs 182 / 263 / 397 / 745 / 1325, 64 pairs 210 / 267 / 328 / 634 / 1080, 128 pairs 327 / 349 / 394 / 587 / 911.
+    Choices that lost were timed with an earlier loop. Eight warps and 128 pairs: 628 and 1013 at means of 128 and 256.
+    """
     if not wgmma:
-        return 16 if mean_rows <= 16 else 32 if mean_rows <= 48 else 64
-    return 32 if mean_rows <= 40 else 64
+        return (16, 4) if mean_rows <= 16 else (32, 4) if mean_rows <= 48 else (64, 4)
+    return (32, 4) if mean_rows <= 40 else (64, 4) if mean_rows <= 80 else (128, 4)
 
 
 @triton.jit
@@ -161,11 +141,7 @@ def arrange(
     TILES: tl.constexpr, EXPERTS: tl.constexpr, BN: tl.constexpr, COUNT: tl.constexpr, BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """First programs: (expert or -1, first pair, pairs) of COUNT tiles each. The others: x in fragment order.
-
-    Large tiles come first, so that what runs last is short: more than half full, more than a quarter, the others.
-    Behind the table stands how many tiles there are.
-    """
+    """First programs: (expert or -1, first pair, pairs) of COUNT tiles each. The others: x in fragment order."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -174,35 +150,18 @@ def arrange(
         e = tl.arange(0, EXPERTS)
         begin = tl.load(offsets_ptr + e, mask=e < num_experts, other=0).to(tl.int32)
         end = tl.load(offsets_ptr + e + 1, mask=e < num_experts, other=0).to(tl.int32)
-        rest = (end - begin) % BN
+        last = tl.cumsum((end - begin + BN - 1) // BN, 0)  # one past the expert's last tile
         i = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
-        expert = tl.zeros((COUNT,), tl.int32)
-        nth = tl.zeros((COUNT,), tl.int32)  # -1: the expert's last tile
-        earlier = 0
-        for size in tl.static_range(3):
-            if size == 0:
-                tiles = (end - begin) // BN + (rest > BN // 2).to(tl.int32)
-            elif size == 1:
-                tiles = ((rest > BN // 4) & (rest <= BN // 2)).to(tl.int32)
-            else:
-                tiles = ((rest > 0) & (rest <= BN // 4)).to(tl.int32)
-            last = earlier + tl.cumsum(tiles, 0)  # one past the expert's last tile of this size
-            before = last[None, :] <= i[:, None]
-            first = tl.max(tl.where(before, last[None, :], earlier), 1)
-            here = i >= earlier
-            expert = tl.where(here, tl.sum(before.to(tl.int32), 1), expert)
-            nth = tl.where(here, i - first if size == 0 else -1, nth)
-            earlier += tl.sum(tiles)
-        live = i < earlier
-        start = tl.load(offsets_ptr + expert, mask=live, other=0).to(tl.int32)
+        before = last[None, :] <= i[:, None]
+        expert = tl.sum(before.to(tl.int32), 1)
+        first = tl.max(tl.where(before, last[None, :], 0), 1)
+        live = expert < num_experts
+        start = tl.load(offsets_ptr + expert, mask=live, other=0).to(tl.int32) + (i - first) * BN
         stop = tl.load(offsets_ptr + expert + 1, mask=live, other=0).to(tl.int32)
-        start += tl.where(nth < 0, (stop - start) // BN, nth) * BN
         mask = i < max_tiles
         tl.store(table_ptr + i, tl.where(live, expert, -1), mask=mask)
         tl.store(table_ptr + max_tiles + i, start, mask=mask)
         tl.store(table_ptr + 2 * max_tiles + i, tl.minimum(stop - start, BN), mask=mask)
-        if tl.program_id(0) == 0:
-            tl.store(table_ptr + 3 * max_tiles, earlier)
     else:
         block = (tl.program_id(0) - programs).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
         within = tl.arange(0, 64)
@@ -357,9 +316,9 @@ def compile_cases() -> list[CompileCase]:
     down = {key.format("down"): kind for key, kind in weight.items()} | {"h_ptr": "*bf16", "y_ptr": "*bf16", **common}
     cases = []
     for name, hidden, inner, top, kind, plain_tiles, wgmma_tiles in (
-        ("qwen3.6", 2048, 512, 8, "silu", (16,), (32,)),
+        ("qwen3.6", 2048, 512, 8, "silu", (16,), (128,)),
         ("gemma-4", 2816, 704, 8, "gelu_tanh", (64,), (32, 64)),
-        ("nemotron-3", 2688, 1856, 6, "relu2", (32,), (32,)),
+        ("nemotron-3", 2688, 1856, 6, "relu2", (32,), (128,)),
     ):
         for bn, wgmma in (*((bn, False) for bn in plain_tiles), *((bn, True) for bn in wgmma_tiles)):
             first: dict[str, Any] = {"TOP": top, "STRIPS": inner // 16, "TILES": hidden // 64, "COLUMNS": inner}
@@ -375,23 +334,7 @@ def compile_cases() -> list[CompileCase]:
                     constexprs=constexprs | extra,
                     options={"num_warps": 4, **({"launch_pdl": True} if wgmma else {})},
                     architectures=(90,) if wgmma else ARCHITECTURES,
-                    allowed_spill=8 if bn == 16 else 0,  # a register or two
-                )
-                cases.append(case)
-        either = {key.format(side): kind for side in ("p", "q") for key, kind in weight.items()}
-        either |= {"x_ptr": "*bf16", "out_ptr": "*bf16", **common}
-        for bn in RING:
-            for constexprs, last in ((first, False), (second, True)):
-                constants = {k: v for k, v in constexprs.items() if k != "W"} | {"BN": bn, "PDL": True}
-                constants |= {"TOP": 0, "GATED": False, "KIND": "none"} if last else {}
-                case = CompileCase(
-                    name=f"products_persistent {name} {'down' if last else 'gate and up'} {bn}",
-                    function=products_persistent,
-                    signature=either,
-                    constexprs=constants | ring_for(bn, last),
-                    options={"num_warps": 4, "launch_pdl": True},
-                    architectures=(90,),
-                    allowed_spill=64 if bn == 128 else 0,  # between jobs
+                    allowed_spill=8 if bn in (16, 128) else 0,  # a register or two
                 )
                 cases.append(case)
     sizes = {"num_rows": "i32", "hidden": "i32", "num_experts": "i32", "max_tiles": "i32"}

@@ -22,7 +22,7 @@ def compiled(kernel: Any, constants: dict[str, Any], warps: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 
 
-@pytest.mark.parametrize("bn", [32, 64])
+@pytest.mark.parametrize("bn", [32, 128])
 @pytest.mark.parametrize("name", ["gate and up", "without a gate", "down"])
 def test_compiles(name: str, bn: int) -> None:
     common = {"STRIPS": 116, "TILES": 29, "W": 4, "BN": bn, "PDL": True}
