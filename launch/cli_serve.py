@@ -139,6 +139,7 @@ async def _run(
                 max_waiting=arguments.max_waiting,
                 kv_dtype=arguments.kv_dtype,
                 cuda_graphs=not arguments.eager,
+                warm_up=True,
                 verbose=not arguments.quiet,
             )
             runners[name] = await stack.enter_async_context(runner)
