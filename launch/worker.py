@@ -218,6 +218,6 @@ def _profile(prepared: Preparation, model: str) -> Profile:
         context_length=prompts.context_length,
         media_tokens=dict(prompts.media_tokens),
         eos_token_ids=prepared.eos_token_ids,
-        slots=prepared.plan.max_batch_size,
+        slots=prepared.plan.max_batch_size * (prepared.ranks.size if prepared.ranks.splits_rows else 1),
         tokenizer_files={path.name: path.read_bytes() for path in found if path.is_file()} if prompts.tokenizer else {},
     )
