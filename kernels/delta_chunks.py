@@ -32,6 +32,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from moe_nvfp4.kernels.compiling import CompileCase
 from moe_nvfp4.kernels.delta_conv import CHUNK, delta_conv, silu
 from moe_nvfp4.kernels.rows import Rows
+from moe_nvfp4.kernels.sizes import cdiv
 from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def delta_chunks(
     Scratch is, a row, 2 HK DK + HV (DV + 132) numbers of two bytes: 25 KB at 16 and 32 heads of 128.
     """
     heads, mixed_TC, sequences = state.heads, inputs.mixed_TC, rows.slots.numel()
-    described, chunks_of_longest = (rows.slots, rows.starts, rows.lengths), triton.cdiv(rows.longest, CHUNK)
+    described, chunks_of_longest = (rows.slots, rows.starts, rows.lengths), cdiv(rows.longest, CHUNK)
     options = launch_options(out_TV)
     chunks = delta_conv(mixed_TC, weights.conv, state, rows)
     half, single = chunks.q.new_empty, chunks.units.new_empty

@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_nvfp4.kernels.compiling import CompileCase
 from moe_nvfp4.kernels.rows import Rows
+from moe_nvfp4.kernels.sizes import cdiv
 from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def delta_conv(mixed_TC: Tensor, conv_CK: Tensor, state: "DeltaState", rows: Row
         half(places, heads.HV, CHUNK, heads.DV, dtype=torch.float16),
         half(places, heads.HV, dtype=torch.float32),
     )
-    convolve[(2 * heads.HK + heads.HV, triton.cdiv(rows.longest, CHUNK), sequences)](
+    convolve[(2 * heads.HK + heads.HV, cdiv(rows.longest, CHUNK), sequences)](
         mixed_TC, conv_CK, state.conv, rows.slots, rows.starts, rows.lengths, *chunks,
         mixed_TC.stride(0),
         **heads._asdict(), K=state.conv.shape[1], L=CHUNK, ASM=mixed_TC.is_cuda,

@@ -18,6 +18,7 @@ from moe_nvfp4.kernels.dense_rows import DenseWeight, dense_rows, fits, kind_of
 from moe_nvfp4.kernels.dense_tiles import MAX_ROWS, Tiling, dense_tiles, spreads, tiling_for
 from moe_nvfp4.kernels.fragments import FragmentTensor
 from moe_nvfp4.kernels.nvfp4 import FP8Tensor
+from moe_nvfp4.kernels.sizes import capability
 
 # Up to so many rows of x dense_rows reads the weight, once for every sixteen. On one H200, 8192 x 2048, µs: nvfp4 14.6
 # against 22.1 of decoding at 64 rows, 20.2 against 22.2 at 96, 25.8 against 22.9 at 128; fp8 18.9 against 22.2 at 64,
@@ -87,7 +88,7 @@ def _few_rows(rows: int, weight: DenseWeight, tiles: bool) -> bool:
 def _tiling(x_MK: Tensor, weight: DenseWeight) -> Tiling | None:
     """Of dense_tiles, where that is made for the rows and the GPU."""
     rows, num_out, kind = x_MK.shape[0], weight.shape[0], kind_of(weight)
-    if kind == "bf16" or torch.cuda.get_device_capability(x_MK.device)[0] != 9:
+    if kind == "bf16" or capability(x_MK.device)[0] != 9:
         return None
     if rows > MAX_ROWS or (rows > _TILE_ROWS and num_out < _TILE_OUTPUTS[kind]):
         return None

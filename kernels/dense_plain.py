@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_nvfp4.kernels.compiling import CompileCase
 from moe_nvfp4.kernels.fragments import FragmentTensor, from_fragments
 from moe_nvfp4.kernels.nvfp4 import FP8Tensor, decode_e4m3
+from moe_nvfp4.kernels.sizes import cdiv
 
 _TILES: Final = 4  # tiles of 64 columns that a program decodes at a time
 
@@ -38,15 +39,15 @@ def decode_rows(weight: FragmentTensor | FP8Tensor, start: int, stop: int) -> Te
         values = weight.values[start:stop]
         out = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
         scale = weight.scale if weight.scale.ndim == 0 else weight.scale[start:]
-        grid = (triton.cdiv(out.shape[1], 1024), out.shape[0])
+        grid = (cdiv(out.shape[1], 1024), out.shape[0])
         decode_fp8_kernel[grid](values, scale, out, out.shape[1], min(scale.ndim, 1), BLOCK=1024)
         return out
     assert start % 16 == 0, start
-    strips, tiles = triton.cdiv(stop - start, 16), weight.words.shape[1]
+    strips, tiles = cdiv(stop - start, 16), weight.words.shape[1]
     out = torch.empty(strips * 16, tiles * 64, dtype=torch.bfloat16, device=weight.words.device)
     first = start // 16
     step = min(weight.global_scale.ndim, 1)
-    decode_nvfp4_kernel[(triton.cdiv(tiles, _TILES), strips)](
+    decode_nvfp4_kernel[(cdiv(tiles, _TILES), strips)](
         weight.words[first:], weight.scales[first:], weight.global_scale[first:] if step else weight.global_scale, out,
         tiles, step, TILES=_TILES,
     )  # fmt: skip
@@ -58,7 +59,7 @@ def dense_plain(x_MK: Tensor, weight: Tensor | FragmentTensor | FP8Tensor) -> Te
     (rows, columns), num_out = x_MK.shape, weight.shape[0]
     y_MN = torch.empty(rows, num_out, dtype=torch.bfloat16, device=x_MK.device)
     block_m = 16 if rows <= 16 else 64
-    grid = (triton.cdiv(num_out, 64), triton.cdiv(rows, block_m))
+    grid = (cdiv(num_out, 64), cdiv(rows, block_m))
     if isinstance(weight, FragmentTensor):
         parts, kind, step = (weight.words, weight.scales, weight.global_scale), "nvfp4", weight.global_scale.ndim
     elif isinstance(weight, FP8Tensor):

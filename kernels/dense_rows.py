@@ -26,6 +26,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from moe_nvfp4.kernels.compiling import ARCHITECTURES, CompileCase
 from moe_nvfp4.kernels.fragments import FragmentTensor
 from moe_nvfp4.kernels.nvfp4 import FP8Tensor
+from moe_nvfp4.kernels.sizes import capability
 
 Kind = Literal["nvfp4", "fp8", "bf16"]
 DenseWeight = Tensor | FP8Tensor | FragmentTensor
@@ -308,7 +309,7 @@ def dense_rows(
     kind, groups, strips = kind_of(weight), 1 if rows <= 8 else 2, -(-num_out // 16)
     *parts, step = parts_of(weight)
     tiling = tiling or tiling_for(kind, strips, columns // TILE_COLUMNS[kind], groups)
-    dependent = dependent and torch.cuda.get_device_capability(x_MK.device)[0] >= 9
+    dependent = dependent and capability(x_MK.device)[0] >= 9
     dense_rows_kernel[(-(-rows // (8 * groups)), -(-strips // tiling.span))](
         x_MK.view(torch.int64), *parts, y_MN, rows, num_out, step,
         K=columns, KIND=kind, GROUPS=groups, W=tiling.warps, SPAN=tiling.span, DEPTH=tiling.depth,

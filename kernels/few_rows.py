@@ -6,7 +6,6 @@ Of the eight columns of a tensor-core product only the first has a row: products
 """
 
 import torch
-import triton
 from triton import constexpr_function
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -17,6 +16,7 @@ from moe_nvfp4.kernels.compiling import CompileCase
 from moe_nvfp4.kernels.dense_rows import adjacent, halves, load_x, multiply, pair_layout
 from moe_nvfp4.kernels.fragment_mma import pairs_of
 from moe_nvfp4.kernels.fragments import COLUMNS, ROWS, FragmentTensor
+from moe_nvfp4.kernels.sizes import capability, cdiv, processors
 
 WARPS = 8
 
@@ -39,19 +39,19 @@ def routed_experts_pairs(
     inner = up.shape[-2]
     h = x_TH.new_empty(rows * top, inner)
     y = torch.empty_like(x_TH)
-    dependent = torch.cuda.get_device_capability(x_TH.device) >= (9, 0)
-    processors = torch.cuda.get_device_properties(x_TH.device).multi_processor_count
+    dependent = capability(x_TH.device) >= (9, 0)
+    multiprocessors = processors(x_TH.device)
     first = gate or up
     strips, tiles = inner // ROWS, hidden // COLUMNS
-    span, depth = gate_up_shape(strips, tiles, rows * top, processors, gate is not None)
-    gate_up_pairs[(triton.cdiv(strips, span), rows * top)](
+    span, depth = gate_up_shape(strips, tiles, rows * top, multiprocessors, gate is not None)
+    gate_up_pairs[(cdiv(strips, span), rows * top)](
         x_TH.view(torch.int64), *_parts(first), *_parts(up), down.global_scale, expert_ids_TK, weights_TK, h, span,
         TOP=top, TILES=tiles, STRIPS=strips, DEPTH=depth, GATED=gate is not None, KIND=activation, PDL=dependent,
         num_warps=WARPS, launch_pdl=dependent,
     )  # fmt: skip
     strips, tiles = hidden // ROWS, inner // COLUMNS
-    span, depth = down_shape(strips, top, tiles, rows, processors)
-    down_pairs[(triton.cdiv(strips, span), rows)](
+    span, depth = down_shape(strips, top, tiles, rows, multiprocessors)
+    down_pairs[(cdiv(strips, span), rows)](
         h.view(torch.int64), *_parts(down)[:2], expert_ids_TK, y, span,
         TOP=top, TILES=tiles, STRIPS=strips, DEPTH=depth, PDL=dependent, num_warps=WARPS, launch_pdl=dependent,
     )  # fmt: skip

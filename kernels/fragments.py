@@ -29,6 +29,7 @@ from torch import Tensor
 
 from moe_nvfp4.kernels.compiling import CompileCase
 from moe_nvfp4.kernels.nvfp4 import NVFP4Tensor, decode_e4m3, encode_e4m3, pack, unpack
+from moe_nvfp4.kernels.sizes import next_power_of_2
 
 ROWS: Final = 16
 COLUMNS: Final = 64
@@ -132,7 +133,7 @@ def repack_in_place(weight: NVFP4Tensor) -> FragmentTensor:
         raise ValueError(f"weight [{rows}, {columns}]: in place needs rows in 16s and columns in 64s")
     tiles, strips = columns // COLUMNS, weight.codes.numel() // (8 * columns)
     if strips:
-        block = triton.next_power_of_2(tiles)
+        block = next_power_of_2(tiles)
         _repack[(strips,)](weight.codes, weight.block_scales, TILES=tiles, BLOCK=block, num_warps=8)
     words = weight.codes.view(torch.int32).view(*batch, rows // ROWS, tiles, 8, 4, 4)
     return FragmentTensor(words, weight.block_scales.view(*batch, rows // ROWS, tiles, 8, 4, 2), weight.global_scale)

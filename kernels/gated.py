@@ -15,6 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_nvfp4.kernels.activation import KINDS, UNGATED, activate, activate_tl
 from moe_nvfp4.kernels.compiling import CompileCase
+from moe_nvfp4.kernels.sizes import cdiv
 from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases, use_twin
 
 _COLUMNS: Final = 256
@@ -70,7 +71,7 @@ def _wide(x: Tensor) -> Tensor:
 def _tiles(num_rows: int, width: int) -> tuple[tuple[int, int], dict[str, Any]]:
     """Rows are the grid's first axis, which may have 2^31 programs."""
     rows, warps = (_ROWS, _ROWS) if num_rows >= _MANY_ROWS else (1, 1)
-    grid = triton.cdiv(num_rows, rows), triton.cdiv(width, _COLUMNS)
+    grid = cdiv(num_rows, rows), cdiv(width, _COLUMNS)
     return grid, {"BT": rows, "BI": _COLUMNS, "num_warps": warps}
 
 

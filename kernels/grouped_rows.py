@@ -22,6 +22,7 @@ from moe_nvfp4.kernels.compiling import CompileCase
 from moe_nvfp4.kernels.dense_rows import adjacent, halves, multiply, pair_layout
 from moe_nvfp4.kernels.fragment_mma import pairs_of
 from moe_nvfp4.kernels.fragments import COLUMNS, ROWS, FragmentTensor
+from moe_nvfp4.kernels.sizes import capability, cdiv
 from moe_nvfp4.kernels.sort_pairs import SortedPairs
 
 COMBINE_BLOCK = 512
@@ -47,23 +48,23 @@ def routed_experts_grouped(
     h = x_TH.new_empty(rows * top, inner)
     shares = torch.empty(rows * top, hidden, dtype=torch.float32, device=x_TH.device)
     y = torch.empty_like(x_TH)
-    dependent = torch.cuda.get_device_capability(x_TH.device) >= (9, 0)
+    dependent = capability(x_TH.device) >= (9, 0)
     first, groups, runs = gate or up, pairs.run // 8, pairs.runs.shape[1]
     strips, tiles = inner // ROWS, hidden // COLUMNS
     warps, depth = gate_up_shape(tiles, groups)
-    gate_up_grouped[(triton.cdiv(strips, warps), runs)](
+    gate_up_grouped[(cdiv(strips, warps), runs)](
         x_TH.view(torch.int64), *_parts(first), *_parts(up), pairs.runs, pairs.order, h, runs,
         TOP=top, TILES=tiles, STRIPS=strips, GROUPS=groups, W=warps, UNROLL=unroll(tiles, depth), DEPTH=depth,
         GATED=gate is not None, KIND=activation, PDL=dependent, num_warps=warps, launch_pdl=dependent,
     )  # fmt: skip
     strips, tiles = hidden // ROWS, inner // COLUMNS
     warps, depth, span = down_shape(groups)
-    down_grouped[(triton.cdiv(strips, warps * span), runs)](
+    down_grouped[(cdiv(strips, warps * span), runs)](
         h.view(torch.int64), *_parts(down), pairs.runs, pairs.order, weights_TK, shares, runs,
         TILES=tiles, STRIPS=strips, GROUPS=groups, SPAN=span, W=warps, UNROLL=unroll(tiles, depth), DEPTH=depth,
         PDL=dependent, num_warps=warps, launch_pdl=dependent,
     )  # fmt: skip
-    combine[(triton.cdiv(hidden, COMBINE_BLOCK), rows)](
+    combine[(cdiv(hidden, COMBINE_BLOCK), rows)](
         shares, expert_ids_TK, y, hidden, TOP=top, BLOCK=COMBINE_BLOCK, PDL=dependent, launch_pdl=dependent
     )
     return y

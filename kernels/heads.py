@@ -22,6 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from moe_nvfp4.kernels.compiling import CompileCase
 from moe_nvfp4.kernels.paged_kv import PagedKV, store_twin
 from moe_nvfp4.kernels.rows import Rows
+from moe_nvfp4.kernels.sizes import cdiv, next_power_of_2
 from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases, use_twin
 
 # An H200 starts 0.8 programs a nanosecond, so that beyond a few hundred each takes several heads: 4096 rows of 32 heads
@@ -59,7 +60,7 @@ def norm_rope_store(
     assert kv.keys.is_contiguous() and kv.values.is_contiguous() and kv.table.stride(1) == 1, "pages are contiguous"
     out_TND = q_TND.new_empty(num_rows, heads, dim)
     bh = head_block(num_rows * (heads + 2 * kv_heads), dim)
-    q_blocks, kv_blocks = triton.cdiv(heads, bh), triton.cdiv(kv_heads, bh)
+    q_blocks, kv_blocks = cdiv(heads, bh), cdiv(kv_heads, bh)
     some = next((weight for weight in (q_norm, k_norm) if weight is not None), q_TND)
     norm_rotate_store[(num_rows, q_blocks + 2 * kv_blocks)](
         q_TND, k_TGD, v_TGD, out_TND, kv.keys, kv.values,
@@ -67,7 +68,7 @@ def norm_rope_store(
         rows.positions, rows.row_slots, kv.table, 1 / kv.k_scale, 1 / kv.v_scale,
         q_TND.stride(0), q_TND.stride(1), k_TGD.stride(0), k_TGD.stride(1), v_TGD.stride(0), v_TGD.stride(1),
         kv.table.stride(0), q_blocks, kv_blocks, N=heads, G=kv_heads, D=dim, HALF=inv_freq.numel(), PAGE=kv.page,
-        BH=bh, BD=triton.next_power_of_2(dim), EPS=eps,
+        BH=bh, BD=next_power_of_2(dim), EPS=eps,
         Q_NORM=q_norm is not None, K_NORM=k_norm is not None, V_NORM=norm_v, OFFSET=float(offset),
         FUSED=q_TND.is_cuda, num_warps=1, **launch_options(q_TND),
     )  # fmt: skip
@@ -108,8 +109,8 @@ def norm_rope_store_twin(
 
 def head_block(heads: int, dim: int) -> int:
     """Heads of a program, a power of two, from the heads of all rows."""
-    wanted: int = triton.next_power_of_2(triton.cdiv(heads, _PROGRAMS))
-    most: int = _NUMBERS // triton.next_power_of_2(dim)
+    wanted: int = next_power_of_2(cdiv(heads, _PROGRAMS))
+    most: int = _NUMBERS // next_power_of_2(dim)
     return max(1, min(wanted, most))
 
 

@@ -23,6 +23,7 @@ from moe_nvfp4.kernels.compiling import ARCHITECTURES, CompileCase
 from moe_nvfp4.kernels.fragment_mma import pairs_of
 from moe_nvfp4.kernels.fragments import FragmentTensor, from_fragments
 from moe_nvfp4.kernels.many_rows_wgmma import down_wgmma, gate_up_wgmma
+from moe_nvfp4.kernels.sizes import capability, cdiv, next_power_of_2
 from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases
 
 _TABLE_TILES: Final = 16  # tiles of one program of `arrange`
@@ -53,17 +54,17 @@ def routed_experts_many(
     if num_rows == 0:
         return y_TH
     pairs = num_rows * top
-    wgmma = not portable and x_TH.is_cuda and torch.cuda.get_device_capability(x_TH.device)[0] == 9
+    wgmma = not portable and x_TH.is_cuda and capability(x_TH.device)[0] == 9
     bn, warps = _tile_shape(pairs / num_experts, wgmma)
     max_tiles = pairs // bn + min(num_experts, pairs)
     hidden_tiles, inner_tiles = up.words.shape[-4], down.words.shape[-4]
     x_arranged = x_TH.new_empty(num_rows, 64 * hidden_tiles)
     table = offsets.new_empty(3, max_tiles, dtype=torch.int32)
-    blocks = triton.cdiv(num_rows * hidden_tiles, _ARRANGE_BLOCKS)
+    blocks = cdiv(num_rows * hidden_tiles, _ARRANGE_BLOCKS)
     dependent = launch_options(x_TH)
-    arrange[(triton.cdiv(max_tiles, _TABLE_TILES) + blocks,)](
+    arrange[(cdiv(max_tiles, _TABLE_TILES) + blocks,)](
         x_TH.contiguous(), x_arranged, offsets, table, num_rows, hidden, num_experts, max_tiles,
-        TILES=hidden_tiles, EXPERTS=triton.next_power_of_2(num_experts), BN=bn, COUNT=_TABLE_TILES,
+        TILES=hidden_tiles, EXPERTS=next_power_of_2(num_experts), BN=bn, COUNT=_TABLE_TILES,
         BLOCKS=_ARRANGE_BLOCKS, **dependent,
     )  # fmt: skip
     h_SI = x_TH.new_empty(pairs, 64 * inner_tiles)
@@ -73,17 +74,17 @@ def routed_experts_many(
     first, second = (gate_up_wgmma, down_wgmma) if wgmma else (gate_up_plain, down_plain)
     # Triton's interpreter has no bfloat16 dot.
     extra = dependent if wgmma else {"FP32": not x_TH.is_cuda}
-    first[(triton.cdiv(64 * inner_tiles, 16 * warps * halves), max_tiles)](
+    first[(cdiv(64 * inner_tiles, 16 * warps * halves), max_tiles)](
         x_arranged, *_parts(source), *_parts(up), order_S, table, h_SI, max_tiles, TOP=top, STRIPS=strips,
         TILES=hidden_tiles, COLUMNS=64 * inner_tiles, GATED=gate is not None, KIND=activation, W=warps, BN=bn,
         num_warps=warps, **extra,
     )  # fmt: skip
-    second[(triton.cdiv(hidden, 32 * warps), max_tiles)](
+    second[(cdiv(hidden, 32 * warps), max_tiles)](
         h_SI, *_parts(down), order_S, table, y_SH, max_tiles, STRIPS=down.words.shape[-5], TILES=inner_tiles,
         COLUMNS=hidden, W=warps, BN=bn, num_warps=warps, **extra,
     )  # fmt: skip
-    block = min(1024, triton.next_power_of_2(hidden))
-    weighted_sum[(num_rows, triton.cdiv(hidden, block))](
+    block = min(1024, next_power_of_2(hidden))
+    weighted_sum[(num_rows, cdiv(hidden, block))](
         y_SH, expert_ids_TK.contiguous(), weights_TK.contiguous(), y_TH, hidden, TOP=top, BLOCK=block, **dependent
     )
     return y_TH

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
-import triton
 from torch import Tensor
 from triton import constexpr_function
 from triton.experimental import gluon
@@ -43,6 +42,7 @@ from moe_nvfp4.kernels.dense_rows import (
 from moe_nvfp4.kernels.linear import DenseWeight, Stacked, linear
 from moe_nvfp4.kernels.nvfp4 import NVFP4Tensor
 from moe_nvfp4.kernels.residual_norms import Norm, residual_norms
+from moe_nvfp4.kernels.sizes import cdiv, next_power_of_2
 from moe_nvfp4.kernels.sort_pairs import launch_options
 
 MAX_ROWS: Final = 8
@@ -78,7 +78,7 @@ def norm_linear(
         *parts, step = parts_of(kernels[i])
         pointers += [*parts, outputs[i]]
         sizes += [kernels[i].shape[0], step]
-        programs.append(triton.cdiv(triton.cdiv(kernels[i].shape[0], 16), tilings[i].span))
+        programs.append(cdiv(cdiv(kernels[i].shape[0], 16), tilings[i].span))
     both = len(kernels) == MAX_WEIGHTS
     norm_linear_kernel[(programs[0] + both * programs[1],)](
         x_TH, x_TH if y_TH is None else y_TH, x_TH if norm.weight is None else norm.weight, changed_TH,
@@ -106,7 +106,7 @@ def tilings_for(weights: Sequence[dense_rows.DenseWeight], rows: int) -> list[Ti
 
 def _tilings(hidden: int, kinds: Sequence[Kind], sizes: Sequence[int], rows: int) -> list[Tiling]:
     largest = list(sizes).index(max(sizes))
-    main = _tiling_of(kinds[largest], triton.cdiv(max(sizes), 16), hidden // TILE_COLUMNS[kinds[largest]], rows)
+    main = _tiling_of(kinds[largest], cdiv(max(sizes), 16), hidden // TILE_COLUMNS[kinds[largest]], rows)
     tilings = [main if i == largest else Tiling(main.warps, 1, 4, 1) for i in range(len(kinds))]
     free = min(SHARED_LIMIT.values()) - 1024 - _operand_bytes(hidden, rows, main.warps)
     steps = [
@@ -134,7 +134,7 @@ def _operand_bytes(hidden: int, rows: int, warps: int) -> int:
 
 
 def _padded(hidden: int, rows: int, warps: int) -> dict[str, int]:
-    return {"BH": max(triton.next_power_of_2(hidden), 64 * warps), "R": triton.next_power_of_2(rows)}
+    return {"BH": max(next_power_of_2(hidden), 64 * warps), "R": next_power_of_2(rows)}
 
 
 def _one_launch(x_TH: Tensor, y_TH: Tensor | None, norm: Norm, weights: Sequence[dense_rows.DenseWeight]) -> bool:

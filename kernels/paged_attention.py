@@ -9,7 +9,6 @@ Letters: T rows, S positions, N heads, G key-value heads, D head size.
 from itertools import pairwise
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +16,7 @@ from moe_nvfp4.kernels.decode_attention import decode_attention
 from moe_nvfp4.kernels.paged_kv import PagedKV, gather_twin
 from moe_nvfp4.kernels.prefill_attention import prefill_attention
 from moe_nvfp4.kernels.rows import Rows
+from moe_nvfp4.kernels.sizes import next_power_of_2
 from moe_nvfp4.kernels.sort_pairs import use_twin
 
 
@@ -43,7 +43,7 @@ def _has_kernels(q_TND: Tensor, kv: PagedKV) -> bool:
     return (
         not use_twin(q_TND)
         and q_TND.dtype == torch.bfloat16
-        and all(size == triton.next_power_of_2(size) for size in sizes)
+        and all(size == next_power_of_2(size) for size in sizes)
         and sizes[0] >= 16
     )
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_nvfp4.kernels.compiling import CompileCase
+from moe_nvfp4.kernels.sizes import cdiv
 from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases, use_twin
 
 _BLOCK: Final = 256  # pairs of a program
@@ -39,7 +40,7 @@ def place_routes(
         return place_routes_twin(expert_ids_GPK, table_3E, live_G, counts_E)
     assert expert_ids_GPK[0].is_contiguous() and table_3E.is_contiguous()
     slots_TK = expert_ids_GPK.new_empty(groups * rows, choices)
-    place_pairs[(triton.cdiv(slots_TK.numel(), _BLOCK),)](
+    place_pairs[(cdiv(slots_TK.numel(), _BLOCK),)](
         expert_ids_GPK, table_3E, table_3E if live_G is None else live_G, table_3E if counts_E is None else counts_E,
         slots_TK, slots_TK.numel(), rows, expert_ids_GPK.stride(0), table_3E.shape[1],
         K=choices, LIVE=live_G is not None, COUNT=counts_E is not None, B=_BLOCK, num_warps=4,

@@ -17,6 +17,7 @@ from moe_nvfp4.kernels.compiling import ARCHITECTURES, CompileCase
 from moe_nvfp4.kernels.decode_attention import LOG2E, device_of
 from moe_nvfp4.kernels.paged_kv import PagedKV, operand, page_of, place_of
 from moe_nvfp4.kernels.rows import Rows
+from moe_nvfp4.kernels.sizes import cdiv, next_power_of_2
 from moe_nvfp4.kernels.sort_pairs import launch_options
 
 
@@ -47,7 +48,7 @@ def prefill_attention(
     tile = prefill_tile(head, device_of(q_TND.get_device())[0])
     gate = q_TND if gate_TND is None else gate_TND
     shape = tile_shape(tile, heads // kv_heads)
-    grid = (triton.cdiv(rows.longest, shape["BQ"]) * tile.parts, kv_heads, rows.slots.numel() - rows.decodes)
+    grid = (cdiv(rows.longest, shape["BQ"]) * tile.parts, kv_heads, rows.slots.numel() - rows.decodes)
     prefill_rows[grid](
         q_TND, kv.keys, kv.values, kv.table, rows.slots, rows.starts, rows.lengths, gate, out_TND, rows.decodes,
         scale * kv.k_scale * LOG2E, kv.v_scale, q_TND.stride(0), q_TND.stride(1), gate.stride(0), gate.stride(1),
@@ -59,7 +60,7 @@ def prefill_attention(
 
 
 def tile_shape(tile: Tile, each: int) -> dict[str, int]:
-    padded = triton.next_power_of_2(each)
+    padded = next_power_of_2(each)
     return {"M": each, "MP": padded, "BQ": max(1, tile.rows // padded), "BT": tile.positions}
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_nvfp4.kernels.compiling import CompileCase
+from moe_nvfp4.kernels.sizes import next_power_of_2
 from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases, use_twin
 
 MAX_BRANCHES: Final = 2
@@ -60,7 +61,7 @@ def residual_norms(
             x_TH, *(ys + [x_TH] * 2)[:MAX_BRANCHES],
             *(x_TH if norm is None or norm.weight is None else norm.weight for norm in norms),
             x_TH if scalar is None else scalar, out_TH, *(normed + [x_TH] * MAX_OUTPUTS)[:MAX_OUTPUTS],
-            H=hidden, BH=triton.next_power_of_2(hidden), BRANCHES=len(branches), OUTPUTS=len(outputs),
+            H=hidden, BH=next_power_of_2(hidden), BRANCHES=len(branches), OUTPUTS=len(outputs),
             KINDS=tuple(map(_kind, norms)), EPS=tuple(0.0 if norm is None else norm.eps for norm in norms),
             SCALAR=scalar is not None, CHANGES=changes,
             num_warps=num_warps(hidden), **launch_options(x_TH),
@@ -113,7 +114,7 @@ def _kind(norm: Norm | None) -> int:
 
 def num_warps(hidden: int) -> int:
     """Few, also for one row, whose barriers cost more than its arithmetic: 4, or 8 beyond 4096 columns."""
-    columns: int = triton.next_power_of_2(hidden)
+    columns: int = next_power_of_2(hidden)
     return max(1, min(4, columns // 64), columns // 1024)
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_nvfp4.kernels.compiling import CompileCase
+from moe_nvfp4.kernels.sizes import cdiv, next_power_of_2
 from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases, use_twin
 
 Scoring = Literal["softmax", "sigmoid"]
@@ -90,14 +91,14 @@ def _logits(x_TH: Tensor, router_EH: Tensor) -> Tensor:
     if num_rows <= FEW_ROWS:
         shares_STE = x_TH.new_empty(1, num_rows, num_experts, dtype=torch.float32)
         logits_few[(num_experts,)](
-            x_TH, router_EH, shares_STE, num_rows, num_experts, H=hidden, BH=triton.next_power_of_2(hidden),
+            x_TH, router_EH, shares_STE, num_rows, num_experts, H=hidden, BH=next_power_of_2(hidden),
             num_warps=1, **launch_options(x_TH),
         )  # fmt: skip
         return shares_STE
     bt, be, bk, shares, warps, stages = logits_tiles(num_rows, num_experts, hidden, router_EH.dtype)
     shares_STE = x_TH.new_empty(shares, num_rows, num_experts, dtype=torch.float32)
-    logits_tile[(triton.cdiv(num_rows, bt), triton.cdiv(num_experts, be), shares)](
-        x_TH, router_EH, shares_STE, num_rows, num_experts, H=hidden, STEPS=triton.cdiv(hidden, bk * shares), S=shares,
+    logits_tile[(cdiv(num_rows, bt), cdiv(num_experts, be), shares)](
+        x_TH, router_EH, shares_STE, num_rows, num_experts, H=hidden, STEPS=cdiv(hidden, bk * shares), S=shares,
         BT=bt, BE=be, BK=bk, BF16=x_TH.is_cuda, num_warps=warps, num_stages=stages, **launch_options(x_TH),
     )  # fmt: skip
     return shares_STE
@@ -115,7 +116,7 @@ def logits_tiles(
         bt, be, bk, warps, stages = 64, 64, 64, 4, 4
     else:
         bt, be, bk, warps, stages = (64 if num_rows < 4096 else 128), 128, 64, 8, 4
-    programs = triton.cdiv(num_rows, bt) * triton.cdiv(num_experts, be)
+    programs = cdiv(num_rows, bt) * cdiv(num_experts, be)
     shares = max(1, min(8, 128 // programs, hidden // 256))
     return bt, be, bk, shares, warps, stages
 
@@ -130,7 +131,7 @@ def _choose(shares_STL: Tensor, rule: _Rule) -> Routes:
     bias = rule.correction_bias
     choose_rows[(num_rows,)](
         shares_STL, shares_STL if bias is None else bias, *routes, num_rows, rule.scale,
-        E=num_experts, EP=triton.next_power_of_2(num_experts), K=rule.k, KP=triton.next_power_of_2(rule.k), S=shares,
+        E=num_experts, EP=next_power_of_2(num_experts), K=rule.k, KP=next_power_of_2(rule.k), S=shares,
         SIGMOID=rule.scoring == "sigmoid", BIAS=bias is not None, NORMALISE=rule.normalise, SHARED=rule.shared,
         num_warps=1, **launch_options(shares_STL),
     )  # fmt: skip

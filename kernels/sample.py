@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_nvfp4.kernels.compiling import CompileCase
 from moe_nvfp4.kernels.sample_threshold import find_threshold, key_of, list_blocks, load_listed, value_of, weights_of
+from moe_nvfp4.kernels.sizes import cdiv, next_power_of_2
 from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases, use_twin
 
 MAX_TOKENS: Final = 262144  # the largest V; a program holds the peaks of all blocks
@@ -64,7 +65,7 @@ def sample(logits_BV: Tensor, rows: SamplingRows) -> Sampled:
         return sample_twin(logits_BV, rows)
     (num_rows, vocabulary), logits_BV = logits_BV.shape, logits_BV.contiguous()
     assert vocabulary <= MAX_TOKENS, f"expected at most {MAX_TOKENS} logits a row, got {vocabulary}"
-    blocks = triton.cdiv(vocabulary, _BLOCK)
+    blocks = cdiv(vocabulary, _BLOCK)
     summary = logits_BV.new_empty(2, num_rows, blocks, dtype=torch.float32)
     scratch = logits_BV.new_empty(num_rows, 3, blocks, dtype=torch.int32)
     sampled = Sampled(
@@ -72,12 +73,12 @@ def sample(logits_BV: Tensor, rows: SamplingRows) -> Sampled:
     )
     options = launch_options(logits_BV)
     tile, warps = _SUMMARY_FEW if num_rows <= _FEW else _SUMMARY_MANY
-    summarise_blocks[(triton.cdiv(blocks, tile), num_rows)](
+    summarise_blocks[(cdiv(blocks, tile), num_rows)](
         logits_BV, rows.temperature, *summary, vocabulary, blocks, N=_BLOCK, TILE=tile, num_warps=warps, **options
     )
     choose_tokens[(num_rows,)](
         logits_BV, *summary, *rows, scratch, *sampled, vocabulary, blocks,
-        N=_BLOCK, BP=triton.next_power_of_2(blocks), HELD=_IN_REGISTERS,
+        N=_BLOCK, BP=next_power_of_2(blocks), HELD=_IN_REGISTERS,
         SHIFT=_SHIFT[logits_BV.dtype], num_warps=_WARPS, **options,
     )  # fmt: skip
     return sampled

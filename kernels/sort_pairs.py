@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_nvfp4.kernels.compiling import ARCHITECTURES, CompileCase
+from moe_nvfp4.kernels.sizes import INTERPRETED, capability, cdiv, next_power_of_2
 
 # Pairs of one launch, and warps for them: on an H200 2.2 us for 1024 pairs of 256 experts, 2.8 for 2048, 8.3 for 8192;
 # two launches take 8.1 for 8192 and 13.8 for 32768.
@@ -38,7 +39,7 @@ def sort_pairs(expert_ids_TK: Tensor, num_experts: int, run: int = 8) -> SortedP
     ids, num_pairs = expert_ids_TK.contiguous(), expert_ids_TK.numel()
     num_runs = most_runs(num_pairs, num_experts, run)
     pairs = SortedPairs(ids.new_empty(num_pairs), ids.new_empty(num_experts + 1), ids.new_empty(3, num_runs), run)
-    padded, options = triton.next_power_of_2(num_experts), launch_options(ids)
+    padded, options = next_power_of_2(num_experts), launch_options(ids)
     for block, warps in _ONE_LAUNCH:
         if num_pairs <= block:
             group_pairs[(num_experts + 2,)](
@@ -46,8 +47,8 @@ def sort_pairs(expert_ids_TK: Tensor, num_experts: int, run: int = 8) -> SortedP
                 num_warps=warps, **options,
             )  # fmt: skip
             return pairs
-    chunks = triton.cdiv(num_pairs, _BLOCK * _MAX_BLOCKS)
-    blocks = triton.cdiv(num_pairs, _BLOCK * chunks)
+    chunks = cdiv(num_pairs, _BLOCK * _MAX_BLOCKS)
+    blocks = cdiv(num_pairs, _BLOCK * chunks)
     counts, ranks = ids.new_empty(blocks, padded), ids.new_empty(num_pairs)
     count_pairs[(blocks,)](
         ids, counts, ranks, num_pairs, chunks, E=num_experts, EP=padded, B=_BLOCK, num_warps=4, **options
@@ -79,12 +80,12 @@ def most_runs(num_pairs: int, num_experts: int, run: int) -> int:
 
 
 def use_twin(tensor: Tensor) -> bool:
-    return tensor.numel() == 0 or not (tensor.is_cuda or triton.knobs.runtime.interpret)
+    return tensor.numel() == 0 or not (tensor.is_cuda or INTERPRETED)
 
 
 def launch_options(tensor: Tensor) -> dict[str, Any]:
     """With PDL a program may start while the kernel before it still runs; it waits before it touches its data."""
-    pdl = tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9
+    pdl = tensor.is_cuda and capability(tensor.device)[0] >= 9
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
