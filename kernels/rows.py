@@ -5,6 +5,7 @@ positions. Sequences with one row come first, so that decoding and prefill are e
 slot: its line in a page table, its place among recurrent states. Slots of padding rows are spare ones.
 """
 
+from array import array
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -48,13 +49,12 @@ class Rows(NamedTuple):
 
 def upload(parts: Sequence[Sequence[int]], device: torch.device | str) -> list[Tensor]:
     """Lists as int32 tensors, in one copy. Each begins at a multiple of 16 bytes, for which kernels are compiled."""
-    flat: list[int] = []
-    starts = []
+    flat, starts = array("i"), []  # twice as fast for torch to take as a list
     for part in parts:
         flat.extend([0] * (-len(flat) % 4))
         starts.append(len(flat))
         flat.extend(part)
-    whole = torch.tensor(flat, dtype=torch.int32)
+    whole = torch.frombuffer(flat, dtype=torch.int32) if flat else torch.empty(0, dtype=torch.int32)
     if torch.device(device).type == "cuda":
         whole = whole.pin_memory().to(device, non_blocking=True)
     return [whole[start : start + len(part)] for start, part in zip(starts, parts, strict=True)]
