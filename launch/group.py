@@ -48,6 +48,7 @@ class GroupRunner(Frontend):
 
     def close(self) -> None:
         super().close()
+        self.prompts.close()
         if self._connected:
             ray.shutdown()
 

@@ -1,33 +1,28 @@
 """Answers that follow a JSON schema, a regular expression or a grammar: which tokens may come next.
 
-Compiling is done by xgrammar (the extra `grammar`), in a thread of its own: it can take seconds, and a pattern can be
-built to take for ever. Whoever asks waits for COMPILE_SECONDS at most. What has been compiled is kept. A few steps are
-tried at once, since some patterns are quick to compile and slow to follow, and those would hold up everybody's steps.
+Compiling is done by xgrammar (the extra `grammar`). It can take seconds, and a pattern can be built to take for ever.
+So another process tries each new one first (grammar_pool.py), within a limit. What has been compiled is kept.
 
 A special token is never part of an answer's text, so a grammar allows none, but for the end once it is complete.
 """
 
+import importlib.util
 import os
 import re
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotInTime
 from typing import Any, Final, NamedTuple
 
 import torch
 
 from moe_nvfp4.errors import RequestError
+from moe_nvfp4.grammar_pool import WorkerPool
 from moe_nvfp4.sampling import Constraint
 from moe_nvfp4.tokenizer import Tokenizer
 
-COMPILE_SECONDS: Final = 10.0
-COMPILED_AT_ONCE: Final = 2
 KEPT_BYTES: Final = 256 << 20  # of compiled grammars
-TRIED_STEPS: Final = 64
-TRIED_SECONDS: Final = 0.02  # of the processor for a step; a usual one takes some 10 µs
 CONTROL: Final = re.compile(rb"[\x00-\x09\x0b-\x1f]")  # all but the end of a line
 WHITESPACE: Final = 64  # characters in a row, in JSON: without a bound a weak model writes nothing else
 
@@ -67,74 +62,26 @@ class TokenMasks(NamedTuple):
         logits_BV.index_copy_(0, rows_R, logits_BV[rows_R].masked_fill_(barred_RV, -torch.inf))
 
 
-class Grammars:
-    """Compiles for one vocabulary. Any thread may call."""
+class Compilers:
+    """The library's, for one vocabulary: bytes of each token, none of a special one."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]):
-        self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, sorted(eos_token_ids)
-        self._lock, self._building = threading.Lock(), threading.Lock()
-        self._kept: OrderedDict[Constraint, Any] = OrderedDict()  # the least recently used first
-        self._running: dict[Constraint, Future[Any]] = {}
-        self._library: Any = None
-        self._filler: Any = None  # fills the masks of many at once
-        self._for_text: Any = None
-        self._for_json: Any = None
+    def __init__(self, vocabulary: Sequence[bytes], eos: Sequence[int]):
+        import xgrammar
 
-    def check(self, constraint: Constraint) -> None:
-        """Compiles it, if it can be done in time."""
-        self._build()
-        with self._lock:
-            if self._find(constraint) is not None:
-                return
-            job = self._running.get(constraint)
-            if job is None:
-                if len(self._running) >= COMPILED_AT_ONCE:
-                    raise RequestError(f"SamplingParams.{constraint.kind}: too many grammars are being compiled; retry")
-                job = self._running[constraint] = Future()
-                threading.Thread(target=self._compile_for, args=(constraint, job), daemon=True).start()
-        try:
-            job.result(COMPILE_SECONDS)
-        except NotInTime:
-            raise RequestError(
-                f"SamplingParams.{constraint.kind}: not compiled within {COMPILE_SECONDS:g} s; make it simpler"
-            ) from None
+        self._library = xgrammar
+        self._filler = xgrammar.BatchGrammarMatcher(max_threads=min(8, os.cpu_count() or 1))
+        # Strings with a bound on their length take control characters as they are, which JSON does not.
+        in_json = [b"" if CONTROL.search(token) else token for token in vocabulary]
+        self._for_text, self._for_json = (
+            xgrammar.GrammarCompiler(
+                xgrammar.TokenizerInfo(tokens, vocab_size=len(tokens), stop_token_ids=list(eos)),
+                max_threads=1,
+                cache_enabled=False,
+            )
+            for tokens in (list(vocabulary), in_json)
+        )
 
-    def matcher(self, constraint: Constraint) -> Matcher:
-        """At its beginning. Compiles what `check` has not compiled, or what was not kept, whatever time it takes."""
-        self._build()
-        with self._lock:
-            compiled = self._find(constraint)
-        if compiled is None:
-            self._keep(constraint, compiled := self._compile(constraint))
-        return self._begin(compiled)
-
-    def _begin(self, compiled: Any) -> Matcher:
-        return Matcher(self._library.GrammarMatcher(compiled), self._filler)
-
-    def _find(self, constraint: Constraint) -> Any:
-        if constraint in self._kept:
-            self._kept.move_to_end(constraint)
-        return self._kept.get(constraint)
-
-    def _keep(self, constraint: Constraint, compiled: Any) -> None:
-        with self._lock:
-            self._kept[constraint] = compiled
-            while len(self._kept) > 1 and sum(one.memory_size_bytes for one in self._kept.values()) > KEPT_BYTES:
-                self._kept.popitem(last=False)
-
-    def _compile_for(self, constraint: Constraint, job: Future[Any]) -> None:
-        try:
-            compiled = self._compile(constraint)
-            self._try(constraint, compiled)
-            self._keep(constraint, compiled)
-            job.set_result(None)
-        except BaseException as error:
-            job.set_exception(error)
-        finally:
-            with self._lock:
-                del self._running[constraint]
-
-    def _compile(self, constraint: Constraint) -> Any:
+    def compile(self, constraint: Constraint) -> Any:
         try:
             match constraint.kind:
                 case "json_schema":
@@ -150,56 +97,90 @@ class Grammars:
             reason = str(error).strip().splitlines()[-1].split("Check failed: ")[-1].split(".cc:")[-1]
             raise RequestError(f"SamplingParams.{constraint.kind}: {reason.split(': ', 1)[-1]:.300}") from None
 
-    def _try(self, constraint: Constraint, compiled: Any) -> None:
-        """Follows it for some tokens, another choice at each."""
-        matcher = self._begin(compiled)
-        for step in range(TRIED_STEPS):
-            began = time.thread_time()
-            allowed = allowed_tokens(Matcher.fill([matcher], self._vocab_size), self._vocab_size)[0].nonzero()
-            if len(allowed) == 0:
-                raise RequestError(
-                    f"SamplingParams.{constraint.kind}: after {step} tokens no token of this model's vocabulary fits"
-                )
-            token_id = int(allowed[step * 7919 % len(allowed)])
-            matcher.accept(token_id)
-            if time.thread_time() - began > TRIED_SECONDS:
-                raise RequestError(
-                    f"SamplingParams.{constraint.kind}: a token takes longer than {1000 * TRIED_SECONDS:g} ms to "
-                    "check; make it simpler (nested or long repetitions are the usual cause)"
-                )
-            if token_id in self._eos:
-                return
+    def begin(self, compiled: Any) -> Matcher:
+        return Matcher(self._library.GrammarMatcher(compiled), self._filler)
 
-    def _build(self) -> None:
+
+class Grammars:
+    """Compiles for one vocabulary. Any thread may call."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]):
+        self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, sorted(eos_token_ids)
+        self._lock, self._building = threading.Lock(), threading.Lock()
+        self._kept: OrderedDict[Constraint, Any] = OrderedDict()  # the least recently used first
+        self._running: dict[Constraint, Future[None]] = {}
+        self._built: tuple[Compilers, WorkerPool] | None = None
+
+    def check(self, constraint: Constraint) -> None:
+        """Compiles it, if another process could do so in time."""
+        with self._lock:
+            if self._find(constraint) is not None:
+                return
+            job = self._running.get(constraint)
+            if first := job is None:
+                job = self._running[constraint] = Future()
+        if first:
+            self._check_for(constraint, job)
+        job.result()
+
+    def matcher(self, constraint: Constraint) -> Matcher:
+        """At its beginning, of a grammar that was checked, here or at another rank: compiles it if it was not kept."""
+        compilers, _ = self._build()
+        with self._lock:
+            compiled = self._find(constraint)
+        if compiled is None:
+            self._keep(constraint, compiled := compilers.compile(constraint))
+        return compilers.begin(compiled)
+
+    def close(self) -> None:
+        """Ends the other processes. What is kept can still be followed."""
+        with self._building:
+            if self._built is not None:
+                self._built[1].close()
+
+    def _find(self, constraint: Constraint) -> Any:
+        if constraint in self._kept:
+            self._kept.move_to_end(constraint)
+        return self._kept.get(constraint)
+
+    def _keep(self, constraint: Constraint, compiled: Any) -> None:
+        with self._lock:
+            self._kept[constraint] = compiled
+            while len(self._kept) > 1 and sum(one.memory_size_bytes for one in self._kept.values()) > KEPT_BYTES:
+                self._kept.popitem(last=False)
+
+    def _check_for(self, constraint: Constraint, job: Future[None]) -> None:
+        """For all that wait for it."""
+        try:
+            compilers, pool = self._build()
+            pool.try_out(constraint)
+            self._keep(constraint, compilers.compile(constraint))
+            job.set_result(None)
+        except BaseException as error:
+            job.set_exception(error)
+        finally:
+            with self._lock:
+                del self._running[constraint]
+
+    def _build(self) -> tuple[Compilers, WorkerPool]:
         """The vocabulary takes a second, once."""
         with self._building:
-            if self._for_json is not None:
-                return
-            try:
-                import xgrammar
-            except ImportError:
-                raise RequestError(
-                    "json_schema, regex, grammar and json_object need xgrammar: pip install 'moe-nvfp4[grammar]'"
-                ) from None
-            if not self._eos:
-                raise RequestError("this checkpoint names no end-of-sequence token, which would end a grammar's answer")
-            special = self._tokenizer.special_ids
-            vocabulary = [
-                b"" if token_id in special else self._tokenizer.token_bytes(token_id)
-                for token_id in range(self._vocab_size)
-            ]
-            # Strings with a bound on their length take control characters as they are, which JSON does not.
-            in_json = [b"" if CONTROL.search(token) else token for token in vocabulary]
-            self._filler = xgrammar.BatchGrammarMatcher(max_threads=min(8, os.cpu_count() or 1))
-            self._library = xgrammar
-            self._for_text, self._for_json = (
-                xgrammar.GrammarCompiler(
-                    xgrammar.TokenizerInfo(tokens, vocab_size=self._vocab_size, stop_token_ids=self._eos),
-                    max_threads=1,
-                    cache_enabled=False,
-                )
-                for tokens in (vocabulary, in_json)
-            )
+            if self._built is None:
+                if importlib.util.find_spec("xgrammar") is None:
+                    raise RequestError(
+                        "json_schema, regex, grammar and json_object need xgrammar: pip install 'moe-nvfp4[grammar]'"
+                    )
+                if not self._eos:
+                    raise RequestError(
+                        "this checkpoint names no end-of-sequence token, which would end a grammar's answer"
+                    )
+                special = self._tokenizer.special_ids
+                vocabulary = [
+                    b"" if token_id in special else self._tokenizer.token_bytes(token_id)
+                    for token_id in range(self._vocab_size)
+                ]
+                self._built = Compilers(vocabulary, self._eos), WorkerPool(vocabulary, self._eos)
+            return self._built
 
 
 def allowed_tokens(bits_RW: torch.Tensor, vocab_size: int) -> torch.Tensor:

@@ -68,6 +68,10 @@ class PromptEncoder:
         constraint = sampling.constraint
         return None if constraint is None or self.grammars is None else self.grammars.matcher(constraint)
 
+    def close(self) -> None:
+        if self.grammars is not None:
+            self.grammars.close()
+
     def _ids(self, prompt: Any, where: str) -> list[int]:
         if not isinstance(prompt, str | Sequence) or isinstance(prompt, bytes):
             raise RequestError(

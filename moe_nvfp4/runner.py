@@ -148,6 +148,7 @@ class MoERunner(Frontend):
     def close(self) -> None:
         """Ends what is running and frees the device memory; the runner cannot be used afterwards."""
         self.engine.close()
+        self.prompts.close()
         for name in ("stepper", "model", "experts", "cache"):
             self.__dict__.pop(name, None)
         self.engine.release()
