@@ -53,8 +53,10 @@ def test_the_model_of_step_times() -> None:
     assert step_seconds(Step((rows(1, continues=True),) * 96)) == pytest.approx((9.58 + 13.59) / 2e3)
     prefill = step_seconds(Step((rows(2048, continues=False),) * 2))
     assert 4096 / prefill == pytest.approx(69_200, rel=0.01), "prompts of 2048 tokens in steps of 4096"
+    mixed = Step((rows(1, continues=True),) * 64 + (rows(3500, continues=False),))
+    assert step_seconds(mixed) == pytest.approx(9.58e-3 + 3500 * USUAL.prompt_row / 1e3, rel=0.1)
     mixed = Step((rows(1, continues=True),) * 64 + (rows(512, continues=False),))
-    assert step_seconds(mixed) == pytest.approx(9.58e-3 + 512 * USUAL.prompt_row / 1e3, rel=0.1)
+    assert step_seconds(mixed) == pytest.approx(USUAL.launch / 1e3), "the host is what takes so long"
 
 
 @pytest.mark.parametrize("trace", TRACES)

@@ -24,11 +24,14 @@ def test_rows_within_a_time(milliseconds: float, start: int) -> None:
 
 def test_the_budget_beside_answers() -> None:
     alone = USUAL.decodes(64, 64_000)
-    budget = PromptBudget(4096, USUAL).beside(64, 64_000, 3.0)
+    budget = PromptBudget(4096, USUAL).beside(64, 64_000, 5.0)
     rows = budget.most(1000)
-    assert alone + USUAL.untouched(64) + USUAL.prompt(1000, rows) == pytest.approx(3 * alone, rel=0.01)
+    assert alone + USUAL.untouched(64) + USUAL.prompt(1000, rows) == pytest.approx(5 * alone, rel=0.01)
     budget.spend(1000, rows)
     assert budget.most(0) <= 1 and budget.rows == 4096 - rows
-    assert PromptBudget(4096, USUAL).beside(1, 100, 1.0).most(0) == USUAL.least_prompt_rows
+    rows = PromptBudget(4096, USUAL).beside(1, 100, 1.0).most(0)
+    filled = USUAL.decodes(1, 100) + USUAL.untouched(1) + USUAL.prompt(0, rows)
+    assert filled == pytest.approx(USUAL.launch, rel=0.01), "what costs no time"
+    assert PromptBudget(4096, USUAL).beside(2000, 100, 1.0).most(0) == USUAL.least_prompt_rows
     assert PromptBudget(4096, USUAL).beside(0, 0, 1.0).most(0) == 4096, "nobody waits"
     assert PromptBudget(4096, None).beside(64, 0, 1.0).most(0) == 4096
