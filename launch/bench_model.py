@@ -6,21 +6,23 @@ and so is what a random checkpoint answers: routing is close to uniform.
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from moe_nvfp4.batch import Piece
 from moe_nvfp4.engine.lease import Lease
-from moe_nvfp4.engine.stepper import DecodeRow
+from moe_nvfp4.engine.stepper import DecodeRow, WholeStep
 from moe_nvfp4.errors import RequestError
 from moe_nvfp4.launch.step_bytes import step_bytes
 from moe_nvfp4.launch.step_explanation import STEPS as EXPLAINED_STEPS
 from moe_nvfp4.launch.step_explanation import explain
+from moe_nvfp4.parallel import Ranks
 from moe_nvfp4.runner import MoERunner
 from moe_nvfp4.sampling import Sampler, SamplingParams
 
@@ -53,6 +55,36 @@ class DecodeResult:
         )
 
 
+class Shares(NamedTuple):
+    """Of a batch the sequences of each rank that has some of its own; one rank's, or all ranks' alike, else."""
+
+    counts: tuple[int, ...]
+    rank: int
+
+    @classmethod
+    def of(cls, batch: int, ranks: Ranks) -> "Shares":
+        if not ranks.splits_rows:
+            return cls((batch,), 0)
+        return cls(tuple(batch // ranks.size + (rank < batch % ranks.size) for rank in range(ranks.size)), ranks.rank)
+
+    @property
+    def here(self) -> range:
+        """This rank's, among those of the batch."""
+        first = sum(self.counts[: self.rank])
+        return range(first, first + self.counts[self.rank])
+
+    def part(self, first: int, most: int) -> "Shares":
+        """At most so many of each rank, from its `first` on."""
+        return Shares(tuple(max(0, min(count - first, most)) for count in self.counts), self.rank)
+
+    def whole(self, tokens: int = 1) -> WholeStep | None:
+        """A step with so many tokens of each sequence."""
+        if len(self.counts) == 1:
+            return None
+        places = tuple((rank, index) for rank, count in enumerate(self.counts) for index in range(count))
+        return WholeStep(self.counts, tuple(tokens * count for count in self.counts), places, False)
+
+
 def bench_decode(
     runner: MoERunner,
     batches: Sequence[int],
@@ -64,20 +96,15 @@ def bench_decode(
 ) -> list[dict[str, Any]]:
     results = []
     for batch in batches:
-        leases = [Lease.of(runner.engine) for _ in range(batch)]
-        try:
-            rows = runner.engine.call(partial(_prefilled, runner, leases, context))
-            times = runner.engine.call(partial(_timed_steps, runner, rows))
+        with prefilled(runner, Shares((batch,), 0), context) as rows:
+            times = runner.engine.call(partial(timed_steps, runner, rows))
             moved = step_bytes(runner, batch, context + WARM_UP_STEPS + TIMED_STEPS // 2)
             result = DecodeResult(batch, context, statistics.median(times), min(times), max(times), sum(moved.values()))
             report(result.line(bytes_per_second))
             results.append(asdict(result) | {"tokens_per_second": result.tokens_per_second, "bytes_by_kind": moved})
             if explained:
-                rows = _after(rows, WARM_UP_STEPS + TIMED_STEPS)
+                rows = after(rows, WARM_UP_STEPS + TIMED_STEPS)
                 report(runner.engine.call(partial(explain, runner, rows, moved, bytes_per_second)))
-        finally:
-            for lease in leases:
-                lease.give_back()
     return results
 
 
@@ -108,45 +135,58 @@ def places(context: int) -> int:
     return context + WARM_UP_STEPS + TIMED_STEPS + 2 * EXPLAINED_STEPS + 1
 
 
-def _prefilled(runner: MoERunner, leases: Sequence[Lease], context: int) -> list[DecodeRow]:
-    together, chunk = max(1, runner.step_rows // context), runner.prefill_chunk
-    for first in range(0, len(leases), together):
-        group = leases[first : first + together]
-        samplers = [Sampler(GREEDY) for _ in group]
-        for start in range(0, context, chunk):
+@contextmanager
+def prefilled(runner: MoERunner, shares: Shares, context: int) -> Iterator[list[DecodeRow]]:
+    """The next rows of sequences with a prompt of `context` tokens, and room for all steps. All ranks call it."""
+    leases = [Lease.of(runner.engine) for _ in shares.here]
+    try:
+        yield runner.engine.call(partial(_prefill, runner, leases, shares, context))
+    finally:
+        for lease in leases:
+            lease.give_back()
+
+
+def _prefill(runner: MoERunner, leases: Sequence[Lease], shares: Shares, context: int) -> list[DecodeRow]:
+    together = max(1, runner.step_rows // len(shares.counts) // context)
+    for first in range(0, max(shares.counts), together):
+        group, seeds = leases[first : first + together], shares.here[first : first + together]
+        samplers, part = [Sampler(GREEDY) for _ in group], shares.part(first, together)
+        for start in range(0, context, runner.prefill_chunk):
+            end = min(start + runner.prefill_chunk, context)
             for lease in group:
-                lease.room(start, min(start + chunk, context))
-            ids = [_random_ids(runner, context, seed=lease.slot)[start : start + chunk] for lease in group]
-            pieces = [Piece(lease.slot, start, part) for lease, part in zip(group, ids, strict=True)]
-            runner.stepper.mixed(pieces, samplers).wait()
+                lease.room(start, end)
+            ids = [_random_ids(runner, context, seed)[start:end] for seed in seeds]
+            pieces = [Piece(lease.slot, start, chunk) for lease, chunk in zip(group, ids, strict=True)]
+            runner.stepper.mixed(pieces, samplers, whole=part.whole(end - start)).wait()
     for lease in leases:
         lease.room(context, places(context))
     return [DecodeRow(lease.slot, context, GREEDY) for lease in leases]
 
 
-def _after(rows: Sequence[DecodeRow], steps: int) -> list[DecodeRow]:
+def after(rows: Sequence[DecodeRow], steps: int) -> list[DecodeRow]:
     return [row._replace(position=row.position + steps) for row in rows]
 
 
-def _timed_steps(runner: MoERunner, rows: Sequence[DecodeRow]) -> list[float]:
-    """Milliseconds of each step."""
-    steps = [_after(rows, step) for step in range(WARM_UP_STEPS + TIMED_STEPS)]
+def timed_steps(runner: MoERunner, rows: Sequence[DecodeRow], whole: WholeStep | None = None) -> list[float]:
+    """Milliseconds of each step. The steps of a group keep its ranks together; those before the timed ones bring them
+    there."""
+    steps = [after(rows, step) for step in range(WARM_UP_STEPS + TIMED_STEPS)]
     if runner.device.type != "cuda":
         times = []
         for step in steps:
             began = time.perf_counter()
-            runner.stepper.decode(step).wait()
+            runner.stepper.decode(step, whole=whole).wait()
             times.append(1e3 * (time.perf_counter() - began))
         return times[WARM_UP_STEPS:]
     for step in steps[:WARM_UP_STEPS]:
-        runner.stepper.decode(step)
+        runner.stepper.decode(step, whole=whole)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED_STEPS + 1)]
     events[0].record()
     for event, step in zip(events[1:], steps[WARM_UP_STEPS:], strict=True):
-        runner.stepper.decode(step)
+        runner.stepper.decode(step, whole=whole)
         event.record()
     torch.cuda.synchronize()
-    return [before.elapsed_time(after) for before, after in pairwise(events)]
+    return [begin.elapsed_time(end) for begin, end in pairwise(events)]
 
 
 def _random_ids(runner: MoERunner, length: int, seed: int) -> list[int]:

@@ -44,7 +44,8 @@ def graph_time(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) ->
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # In another thread NCCL asks about its events, which a capture of the whole process would not bear.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for call in calls:
             call()
     for _ in range(WARM_UPS):

@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_nvfp4.errors import RequestError
 
-BROKEN_KERNEL = 1
+BROKEN_KERNEL = INCOMPLETE = 1
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +34,8 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("--eager", action="store_true", help="no CUDA graphs")
     decode.add_argument("--explain", action="store_true", help="where a step's time goes, kernel by kernel")
     decode.set_defaults(run=_decode)
+    ep = kinds.add_parser("ep", help="milliseconds of a decode step over several ranks, against one")
+    _add_ep(ep)
     prefill = kinds.add_parser("prefill", help="tokens a second of prompts, up to their first new token")
     _add_model(prefill)
     prefill.add_argument("--prompts", default="1,8", metavar="N,...", help="at once; default: %(default)s")
@@ -56,6 +58,20 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     serve.set_defaults(run=_serve_offline)
     _add_balance(kinds.add_parser("balance", help="simulate skewed experts: how evenly ranks are loaded; needs no GPU"))
     _add_serve(kinds.add_parser("serve", help="requests at given rates to a server with OpenAI's API"))
+
+
+def _add_ep(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--ranks", type=int, required=True, metavar="N", help="processes, each with a GPU of its own")
+    parser.add_argument(
+        "--attention", default="replicated,tensor,data", metavar="MODE,...", help="default: %(default)s"
+    )
+    parser.add_argument("--batch", default="1,8,64,256", metavar="N,...", help="of all ranks; default: %(default)s")
+    parser.add_argument("--context", type=int, default=128, metavar="N", help="prompt tokens; default: %(default)s")
+    parser.add_argument("--check", action="store_true", help="time only modes that give one rank's tokens")
+    parser.add_argument("--no-symmetric", action="store_true", help="all sums through NCCL, none in symmetric memory")
+    parser.add_argument("--explain", action="store_true", help="what a step exchanges, and its share of the time")
+    parser.set_defaults(run=_ep)
 
 
 def _add_balance(parser: argparse.ArgumentParser) -> None:
@@ -143,6 +159,26 @@ def _decode(arguments: argparse.Namespace) -> int:
         )
         _write(arguments.json, _where(arguments.model) | {"bytes_per_second": ceiling, "decode": results})
     return 0
+
+
+def _ep(arguments: argparse.Namespace) -> int:
+    from moe_nvfp4.launch.bench_ep import bench_ep, is_complete
+    from moe_nvfp4.launch.bench_ep_rank import Settings
+
+    settings = Settings(
+        model=arguments.model,
+        device=arguments.device or "cuda",
+        dtype=arguments.dtype,
+        batches=tuple(_numbers("--batch", arguments.batch)),
+        context=arguments.context,
+        check=arguments.check,
+        explain=arguments.explain,
+        symmetric=not arguments.no_symmetric,
+    )
+    results = bench_ep(settings, arguments.ranks, arguments.attention.split(","), lambda line: print(line, flush=True))
+    what = {"ranks": arguments.ranks, "context": arguments.context, "symmetric": settings.symmetric}
+    _write(arguments.json, _where(arguments.model) | what | {"ep": results})
+    return 0 if is_complete(results) else INCOMPLETE
 
 
 def _prefill(arguments: argparse.Namespace) -> int:

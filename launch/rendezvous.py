@@ -63,14 +63,19 @@ def find_store(place: Place) -> TCPStore:
     return TCPStore(place.host, place.port, is_master=False, timeout=timedelta(seconds=place.start_seconds))
 
 
-def join(place: Place, device: torch.device, store: TCPStore | None = None) -> Member:
+def join_ranks(place: Place, device: torch.device, store: TCPStore | None = None, *, symmetric: bool = True) -> Ranks:
     """Called by all ranks. Without a store there is the one that torchrun has made."""
     patience = timedelta(seconds=place.start_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=patience)
-    ranks = Ranks.join(device=device, attention=place.attention)
+    return Ranks.join(device=device, attention=place.attention, symmetric=symmetric)
+
+
+def join(place: Place, device: torch.device, store: TCPStore | None = None) -> Member:
+    """The same, with a line for orders."""
+    ranks = join_ranks(place, device, store)
     line = _line_for_orders(place, device)
     if isinstance(line, Lines):
         leader = LeaderOrders(line)
