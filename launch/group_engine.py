@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -16,7 +17,7 @@ from typing import Any, Final
 import ray
 from ray.exceptions import RayError
 
-from moe_nvfp4.engine.orders import Sink
+from moe_nvfp4.engine.orders import Sink, hand_out
 from moe_nvfp4.engine.stats import EngineStats
 from moe_nvfp4.errors import EngineError, MoeNvfp4Error, QueueFullError
 from moe_nvfp4.generation import Answer, Increment, Timing
@@ -188,28 +189,30 @@ class GroupEngine:
     def _receive(self, workers: Workers, number: int) -> None:
         try:
             for batch in workers.increments():
-                for ident, item in ray.get(batch):
-                    self._deliver(number, ident, item)
+                hand_out(self._taken(number, ray.get(batch)))
         except RayError:
             return  # `_watch` notices as well, and knows why
         except Exception as error:
             self._give_up(EngineError(f"a client's sink has raised {error!r}"))
 
-    def _deliver(self, number: int, ident: int, item: Increment | Exception) -> None:
-        with self._lock:
-            one = self._open.get(ident)
-            if one is None or number != self._number:
-                return  # cancelled, or of a group that is gone
-            if isinstance(item, Exception):
-                if not isinstance(item, MoeNvfp4Error | FloatingPointError) or isinstance(item, EngineError):
-                    return  # the group fails; the answer will go on
-                del self._open[ident]
-            else:
-                item = _recorded(one.answer, item)
-                one.failures = 0
-                if item.completion is not None:
+    def _taken(
+        self, number: int, batch: list[tuple[int, Increment | Exception]]
+    ) -> Iterator[tuple[Sink, Increment | Exception]]:
+        for ident, item in batch:
+            with self._lock:
+                one = self._open.get(ident)
+                if one is None or number != self._number:
+                    continue  # cancelled, or of a group that is gone
+                if isinstance(item, Exception):
+                    if not isinstance(item, MoeNvfp4Error | FloatingPointError) or isinstance(item, EngineError):
+                        continue  # the group fails; the answer will go on
                     del self._open[ident]
-        one.sink(item)
+                else:
+                    item = _recorded(one.answer, item)
+                    one.failures = 0
+                    if item.completion is not None:
+                        del self._open[ident]
+            yield one.sink, item
 
     def _watch(self) -> None:
         while not self._closing.wait(BEAT_EVERY):
@@ -268,7 +271,8 @@ class GroupEngine:
                 if one.failures >= FAILURES_OF_A_REQUEST:
                     dropped.append(self._open.pop(ident))
         for one in dropped:
-            one.sink(EngineError(f"the group failed {one.failures} times while it computed this; the last: {failure}"))
+            why = EngineError(f"the group failed {one.failures} times while it computed this; the last: {failure}")
+            hand_out([(one.sink, why)])
 
     def _give_up(self, error: EngineError) -> bool:
         self._report(f"giving up: {error}")
@@ -280,8 +284,7 @@ class GroupEngine:
     def _fail_all(self, error: Exception) -> None:
         with self._lock:
             ended, self._open = list(self._open.values()), {}
-        for one in ended:
-            one.sink(error)
+        hand_out((one.sink, error) for one in ended)
 
 
 def _recorded(answer: Answer, item: Increment) -> Increment:

@@ -25,43 +25,69 @@ def gauge(name: str, text: str, values: Iterable[tuple[Mapping[str, str], float]
     return Family(name, kind, text, [("", _labels(labels), value) for labels, value in values])
 
 
+@dataclass(slots=True)
+class Count:
+    """Of one set of labels."""
+
+    value: float = 0
+
+    def add(self, amount: float = 1) -> None:
+        self.value += amount
+
+
 class Counter:
     def __init__(self, name: str, text: str):
         self.name, self.text = name, text
-        self._values: dict[Labels, float] = {}
+        self._counts: dict[Labels, Count] = {}
+
+    def labelled(self, **labels: str) -> Count:
+        """For who counts often."""
+        return self._counts.setdefault(_labels(labels), Count())
 
     def add(self, amount: float = 1, **labels: str) -> None:
-        key = _labels(labels)
-        self._values[key] = self._values.get(key, 0) + amount
+        self.labelled(**labels).add(amount)
 
     def value(self, **labels: str) -> float:
-        return self._values.get(_labels(labels), 0)
+        return self._counts.get(_labels(labels), Count()).value
 
     def families(self) -> Iterable[Family]:
-        yield Family(self.name, "counter", self.text, [("", key, value) for key, value in self._values.items()])
+        yield Family(self.name, "counter", self.text, [("", key, one.value) for key, one in self._counts.items()])
+
+
+class Buckets:
+    """Of one set of labels."""
+
+    def __init__(self, bounds: Sequence[float]):
+        self._bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self._bounds, value)] += 1
+        self.sum += value
 
 
 class Histogram:
     def __init__(self, name: str, text: str, bounds: Sequence[float] = SECONDS):
         self.name, self.text, self._bounds = name, text, tuple(bounds)
-        self._counts: dict[Labels, list[int]] = {}
-        self._sums: dict[Labels, float] = {}
+        self._buckets: dict[Labels, Buckets] = {}
+
+    def labelled(self, **labels: str) -> Buckets:
+        """For who observes often."""
+        key = _labels(labels)
+        if key not in self._buckets:
+            self._buckets[key] = Buckets(self._bounds)
+        return self._buckets[key]
 
     def observe(self, value: float, **labels: str) -> None:
-        key = _labels(labels)
-        if key not in self._counts:
-            self._counts[key], self._sums[key] = [0] * (len(self._bounds) + 1), 0.0
-        self._counts[key][bisect_left(self._bounds, value)] += 1
-        self._sums[key] += value
+        self.labelled(**labels).observe(value)
 
     def families(self) -> Iterable[Family]:
         samples: list[tuple[str, Labels, float]] = []
-        for key, counts in self._counts.items():
+        for key, buckets in self._buckets.items():
             total = 0
-            for bound, count in zip((*self._bounds, math.inf), counts, strict=True):
+            for bound, count in zip((*self._bounds, math.inf), buckets.counts, strict=True):
                 total += count
                 samples.append(("_bucket", (*key, ("le", _number(bound))), total))
-            samples += [("_sum", key, self._sums[key]), ("_count", key, total)]
+            samples += [("_sum", key, buckets.sum), ("_count", key, total)]
         yield Family(self.name, "histogram", self.text, samples)
 
 

@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from moe_nvfp4.async_runner import AsyncMoERunner
+from moe_nvfp4.async_runner import AsyncMoERunner, Following, Receiver
 from moe_nvfp4.engine.stats import EngineStats
 from moe_nvfp4.errors import MoeNvfp4Error
 from moe_nvfp4.generation import Completion, Increment
@@ -48,6 +48,9 @@ class ServedModel:
         # A long prompt, or a schema that takes long to compile, holds up few other prompts and nobody's answer.
         self._encoder = ThreadPoolExecutor(ENCODERS, thread_name_prefix=f"moe-nvfp4 prompts {name}")
         self._mean_seconds = 1.0
+        self._between = metrics.between.labelled(model=name)
+        self._first_token = metrics.first_token.labelled(model=name)
+        self._new_tokens = metrics.new_tokens.labelled(model=name)
         metrics.registry.register(self._engine_figures)
 
     async def encode(self, function: Callable[[], Result]) -> Result:
@@ -66,28 +69,29 @@ class ServedModel:
             )
         self.prompts.encode(prompts, params)
 
-    async def answers(self, prompts: list[list[int]], params: SamplingParams) -> AsyncGenerator[Increment, None]:
-        """Increments of all answers, measured. Closing it cancels what is unfinished."""
-        began, label, metrics = time.monotonic(), {"model": self.name}, self.metrics
+    def follow(self, prompts: list[list[int]], params: SamplingParams, receiver: Receiver) -> Following:
+        """Increments of all answers, measured when they arrive."""
+        began, between = time.monotonic(), self._between
         last: dict[tuple[int, int], float] = {}
-        stream = self.runner.stream(prompts, params)
-        try:
-            async for increment in stream:
-                now, key = time.monotonic(), (increment.prompt, increment.choice)
-                if key in last:
-                    metrics.between.observe(now - last[key], **label)
+
+        def measured(item: Increment | Exception | None) -> None:
+            now = time.monotonic()
+            if isinstance(item, Increment):
+                key = item.prompt, item.choice
+                if (before := last.get(key)) is not None:
+                    between.observe(now - before)
                 else:
-                    metrics.first_token.observe(now - began, **label)
+                    self._first_token.observe(now - began)
                 last[key] = self._last_token = now
-                metrics.new_tokens.add(len(increment.token_ids), **label)
-                if increment.completion is not None:
-                    self._count_prompt(increment.choice, increment.completion)
-                yield increment
-            seconds = time.monotonic() - began
-            metrics.whole.observe(seconds, **label)
-            self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
-        finally:
-            await stream.aclose()
+                self._new_tokens.add(len(item.token_ids))
+                if item.completion is not None:
+                    self._count_prompt(item.choice, item.completion)
+            elif item is None:
+                self.metrics.whole.observe(now - began, model=self.name)
+                self._mean_seconds += 0.1 * (now - began - self._mean_seconds)
+            receiver(item)
+
+        return self.runner.follow(prompts, params, measured)
 
     def _count_prompt(self, choice: int, completion: Completion) -> None:
         if choice == 0:

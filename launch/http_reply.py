@@ -4,6 +4,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from fastapi import Request, Response
@@ -14,7 +15,7 @@ from moe_nvfp4.launch.http_guard import Record, record_of
 from moe_nvfp4.launch.http_models import ServedModel
 from moe_nvfp4.launch.http_schemas import SamplingRequest
 from moe_nvfp4.launch.http_server import Server
-from moe_nvfp4.launch.http_stream import ClientGone, EventStream, Relay, event, while_connected
+from moe_nvfp4.launch.http_stream import ClientGone, EventStream, Relay, compact, event, while_connected
 from moe_nvfp4.sampling import SamplingParams
 from moe_nvfp4.tokenizer import Tokenizer
 
@@ -32,6 +33,7 @@ class Reply:
         self._id, self._created, self._model = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time()), model
         self.prompt_tokens, self.new_tokens = sum(map(len, prompts)), 0
         self.reused_tokens = self.reasoning_tokens = 0
+        self._head = f'data: {compact(self._envelope(self.chunk_name))[:-1]},"choices":['
 
     def opening(self) -> list[dict[str, Any]]:
         """Choices of the first chunks, before any token."""
@@ -59,8 +61,9 @@ class Reply:
             "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
 
-    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._envelope(self.chunk_name) | {"choices": choices}
+    def event(self, choice: dict[str, Any] | None, usage: str = "") -> str:
+        """One chunk, with no choice or one."""
+        return f"{self._head}{'' if choice is None else compact(choice)}]{usage}}}\n\n"
 
     def whole(self) -> dict[str, Any]:
         return self._envelope(self.whole_name) | {"choices": self.choices(), "usage": self.usage()}
@@ -83,7 +86,7 @@ async def answer(server: Server, request: Request, body: SamplingRequest, job: J
     record, settings, model = record_of(request.scope), server.settings, job.model
     record.prompt_tokens = job.reply.prompt_tokens
     most = settings.stream_buffer * len(job.prompts) * job.params.n if body.stream else None
-    relay = Relay(model.answers(job.prompts, job.params), most)
+    relay = Relay(partial(model.follow, job.prompts, job.params), most)
     server.relays.add(relay)
 
     def over(outcome: str | None) -> None:
@@ -101,7 +104,7 @@ async def answer(server: Server, request: Request, body: SamplingRequest, job: J
         over("cancelled")
         return Response(status_code=499)  # nobody reads it
     except BaseException as error:  # a cancelled task as well
-        await relay.close()
+        relay.close()
         over(None)
         if isinstance(error, Exception):
             raise api_error(error, model.retry_after) from error
@@ -111,26 +114,28 @@ async def answer(server: Server, request: Request, body: SamplingRequest, job: J
 
 
 async def _collect(relay: Relay, reply: Reply) -> dict[str, Any]:
-    async for increment in relay:
-        reply.push(increment)
+    while increments := await relay.next():
+        for increment in increments:
+            reply.push(increment)
     return reply.whole()
 
 
 async def _events(
     relay: Relay, job: Job, record: Record, include_usage: bool, keep_alive: float
 ) -> AsyncGenerator[str, None]:
-    """Ends with [DONE] only if all answers are complete; else with an error."""
+    """Ends with [DONE] only if all answers are complete; else with an error. What has come since the last events were
+    sent is sent together."""
     reply = job.reply
     # With usage wanted, the API has the field in every chunk, and null in all but the last.
-    no_usage = {"usage": None} if include_usage else {}
+    no_usage = ',"usage":null' if include_usage else ""
     for choice in reply.opening():
-        yield event(reply.chunk([choice]) | no_usage)
+        yield reply.event(choice, no_usage)
     while True:
         try:
-            increment = await relay.next(keep_alive)
-            if increment is None:
+            increments = await relay.next(keep_alive)
+            if not increments:
                 break
-            choices = reply.push(increment)
+            choices = [choice for increment in increments for choice in reply.push(increment)]
         except TimeoutError:
             yield ": waiting\n\n"
             continue
@@ -139,10 +144,10 @@ async def _events(
             record.outcome = refusal.outcome
             yield event(refusal.body)
             return
-        for choice in choices:
-            yield event(reply.chunk([choice]) | no_usage)
+        if choices:
+            yield "".join([reply.event(choice, no_usage) for choice in choices])
     if include_usage:
-        yield event(reply.chunk([]) | {"usage": reply.usage()})
+        yield reply.event(None, f',"usage":{compact(reply.usage())}')
     yield "data: [DONE]\n\n"
 
 

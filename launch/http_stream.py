@@ -3,16 +3,18 @@
 import asyncio
 import json
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
+from moe_nvfp4.async_runner import Following, Receiver
 from moe_nvfp4.generation import Increment
 
 Result = TypeVar("Result")
+compact: Final = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class ClientGone(Exception):
@@ -20,65 +22,85 @@ class ClientGone(Exception):
 
 
 class Relay:
-    """The increments of one request, read as fast as they come. With more than `most` of them waiting for a slow
-    reader, the request is cancelled, which frees its pages, and `too_slow` is set."""
+    """The increments of one request between engine and reader. With more than `most` of them waiting for a reader
+    that is busy with those before, the request is cancelled, which frees its pages, and `too_slow` is set."""
 
-    def __init__(self, increments: AsyncGenerator[Increment, None], most: int | None):
-        self._increments, self._most = increments, most
+    def __init__(self, follow: Callable[[Receiver], Following], most: int | None):
+        self._most = most
         self._items: deque[Increment | Exception | None] = deque()  # None: the end
-        self._arrived = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._reader: asyncio.Future[None] | None = None  # who waits for an item
+        self._waiting_since = 0.0
+        self._alarm: asyncio.TimerHandle | None = None
         self.too_slow = asyncio.Event()
-        self._task = asyncio.create_task(self._read())
+        self._following: Following | None = None
+        try:
+            self._following = follow(self._put)
+        except Exception as error:
+            self._put(error)
 
     async def begun(self, patience: float) -> None:
         """Waits for the first increment, not for long. Raises what has already gone wrong."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._arrived.wait(), patience)
+            await self._arrival(patience)
         if self._items and isinstance(self._items[0], Exception):
             raise self._items[0]
 
     def fail(self, error: Exception) -> None:
         """Ends the request; its reader gets the error now."""
-        self._task.cancel()
+        self.close()
         self._items.clear()
         self._put(error)
 
-    async def next(self, patience: float | None = None) -> Increment | None:
-        """The next increment; None at the end; TimeoutError if there is none within `patience` seconds."""
-        if not self._items:
-            self._arrived.clear()
-            async with asyncio.timeout(patience):
-                await self._arrived.wait()
-        item = self._items.popleft()
-        if isinstance(item, Exception):
-            raise item
-        return item
+    async def next(self, patience: float | None = None) -> list[Increment]:
+        """All that has come, at least one increment; [] at the end. TimeoutError if none comes within `patience`
+        seconds, which has to be the same at each call."""
+        await self._arrival(patience)
+        if isinstance(self._items[0], Exception):
+            raise self._items[0]
+        found: list[Increment] = []
+        while self._items and isinstance(item := self._items[0], Increment):
+            found.append(item)
+            self._items.popleft()
+        return found
 
-    async def __aiter__(self) -> AsyncIterator[Increment]:
-        while (increment := await self.next()) is not None:
-            yield increment
-
-    async def close(self) -> None:
+    def close(self) -> None:
         """The engine is told at once; what is unfinished is cancelled."""
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        if self._following is not None:
+            self._following.cancel()
+        if self._alarm is not None:
+            self._alarm.cancel()
 
     def _put(self, item: Increment | Exception | None) -> None:
+        if self._reader is not None:
+            if not self._reader.done():
+                self._reader.set_result(None)
+        elif self._most is not None and len(self._items) >= self._most and isinstance(item, Increment):
+            self.too_slow.set()
+            self.close()
+            return
         self._items.append(item)
-        self._arrived.set()
 
-    async def _read(self) -> None:
+    async def _arrival(self, patience: float | None) -> None:
+        if self._items:
+            return
+        self._reader, self._waiting_since = self._loop.create_future(), self._loop.time()
+        if self._alarm is None and patience is not None:
+            self._alarm = self._loop.call_later(patience, self._ring, patience)
         try:
-            async for increment in self._increments:
-                if self._most is not None and len(self._items) >= self._most:
-                    self.too_slow.set()
-                    return
-                self._put(increment)
-            self._put(None)
-        except Exception as error:
-            self._put(error)
+            await self._reader
         finally:
-            await self._increments.aclose()
+            self._reader = None
+
+    def _ring(self, patience: float) -> None:
+        """One alarm for many waits: to set and to cancel one for each token would cost more than the token."""
+        self._alarm = None
+        if self._reader is None or self._reader.done():
+            return  # the next wait sets another
+        if (due := self._waiting_since + patience) > self._loop.time():
+            self._alarm = self._loop.call_at(due, self._ring, patience)
+        else:
+            self._reader.set_exception(TimeoutError())
 
 
 class EventStream(Response):
@@ -105,7 +127,7 @@ class EventStream(Response):
             for job in jobs:
                 job.cancel()
             await asyncio.wait(jobs)
-            await self._relay.close()
+            self._relay.close()
             await self._events.aclose()
             self._over(outcome)
         if jobs[0].done() and not jobs[0].cancelled() and (error := jobs[0].exception()) is not None:
@@ -119,7 +141,7 @@ class EventStream(Response):
 
 
 def event(data: Any) -> str:
-    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
+    return f"data: {compact(data)}\n\n"
 
 
 async def while_connected(request: Request, relay: Relay, work: Coroutine[Any, Any, Result]) -> Result:
@@ -134,7 +156,7 @@ async def while_connected(request: Request, relay: Relay, work: Coroutine[Any, A
         for task in (job, gone):
             task.cancel()
         await asyncio.wait([job, gone])
-        await relay.close()
+        relay.close()
 
 
 async def disconnected(receive: Callable[[], Awaitable[Any]]) -> None:

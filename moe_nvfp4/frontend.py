@@ -10,8 +10,8 @@ from typing import Any, Self, overload
 
 from moe_nvfp4.detokenize import IncrementalDetokenizer
 from moe_nvfp4.engine import scheduler
-from moe_nvfp4.engine.call import AnsweringEngine, Call, generations
-from moe_nvfp4.generation import Answer, Completion, Generation, Increment
+from moe_nvfp4.engine.call import AnsweringEngine, Call, generations, last_only
+from moe_nvfp4.generation import Answer, Generation, Increment
 from moe_nvfp4.prompts import Message, Prompt, PromptEncoder, Requests
 from moe_nvfp4.sampling import Sampler, SamplingParams
 from moe_nvfp4.tokenizer import Tokenizer
@@ -49,11 +49,8 @@ class Frontend:
         Many prompts may come with one SamplingParams for all, or one each.
         """
         requests = self.prompts.encode(prompts, sampling)
-        done: dict[tuple[int, int], Completion] = {}
-        for increment in self._serve(requests):
-            if increment.completion is not None:
-                done[increment.prompt, increment.choice] = increment.completion
-        return generations(requests, done)
+        ends = self._serve(requests, only_last=True)
+        return generations(requests, {(end.prompt, end.choice): end.completion for end in ends if end.completion})
 
     def stream(
         self, prompts: Any, sampling: SamplingParams | Sequence[SamplingParams] | None = None
@@ -92,7 +89,10 @@ class Frontend:
             ),
             sampler=Sampler(params, choice),
             detokenizer=IncrementalDetokenizer(
-                self.tokenizer, params.stop, skip_special_tokens=params.skip_special_tokens
+                self.tokenizer,
+                params.stop,
+                skip_special_tokens=params.skip_special_tokens,
+                pieces=self.tokenizer.pieces(params.skip_special_tokens),
             )
             if self.tokenizer
             else None,
@@ -111,10 +111,10 @@ class Frontend:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _serve(self, requests: Requests) -> Iterator[Increment]:
-        """Increments of all answers as they come. Leaving early cancels what is unfinished."""
+    def _serve(self, requests: Requests, *, only_last: bool = False) -> Iterator[Increment]:
+        """Increments of all answers as they come, or the last of each. Leaving early cancels what is unfinished."""
         arrived: queue.SimpleQueue[Increment | Exception] = queue.SimpleQueue()
-        call = Call(self.engine, self.answers(requests), arrived.put)
+        call = Call(self.engine, self.answers(requests), last_only(arrived.put) if only_last else arrived.put)
         try:
             while call.is_open:
                 call.submit()

@@ -169,12 +169,42 @@ class Tokenizer:
     def _is_byte_level(self) -> bool:
         return "ByteLevel" in repr(getattr(getattr(self._tokenizer, "backend_tokenizer", None), "decoder", None))
 
+    def pieces(self, skip_special_tokens: bool) -> Mapping[int, str] | None:
+        """Texts of single tokens, if the text of several is theirs in a row wherever they hold whole characters; None
+        if the decoder looks at a token's neighbours, as one that strips the first space does."""
+        return self._pieces[skip_special_tokens] if self._adds_up else None
+
+    @cached_property
+    def _pieces(self) -> "tuple[Pieces, Pieces]":
+        return Pieces(self, False), Pieces(self, True)
+
+    @cached_property
+    def _adds_up(self) -> bool:
+        decoder = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "decoder", None)
+        if decoder is None:
+            return False
+        found = json.loads(decoder.__getstate__())
+        kinds = [part["type"] for part in found.get("decoders", [found])]
+        return kinds in (["ByteLevel"], ["Replace", "ByteFallback", "Fuse"])
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids beyond the vocabulary give nothing."""
         # Clean-up would delete spaces that the model wrote (before "." or "n't"), and differ when streamed.
         text: str = self._tokenizer.decode(
             list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
+        return text
+
+
+class Pieces(dict[int, str]):
+    """Text of each token by itself, decoded when it is first asked for."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
+        super().__init__()
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+
+    def __missing__(self, token_id: int) -> str:
+        text = self[token_id] = self._tokenizer.decode([token_id], self._skip)
         return text
 
 

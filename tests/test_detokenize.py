@@ -1,10 +1,15 @@
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models
+from transformers import PreTrainedTokenizerFast
 
 import moe_nvfp4.detokenize
 from moe_nvfp4.detokenize import Decoder, IncrementalDetokenizer
@@ -56,8 +61,19 @@ def cut(text: str, stop: tuple[str, ...]) -> str:
 
 
 def check(tokenizer: Decoder, ids: list[int], stop: tuple[str, ...] = ()) -> IncrementalDetokenizer:
-    """Everything that must hold for any ids: the sum, and that what was shown is never more than it."""
-    detokenizer = IncrementalDetokenizer(tokenizer, stop)
+    """Everything that must hold for any ids: the sum, and that what was shown is never more than it; with texts of
+    single tokens and without."""
+    if isinstance(tokenizer, Bytes):
+        check_once(tokenizer, ids, stop, {token_id: tokenizer.decode([token_id]) for token_id in ids})
+    elif isinstance(tokenizer, Tokenizer):
+        check_once(tokenizer, ids, stop, tokenizer.pieces(True))
+    return check_once(tokenizer, ids, stop, None)
+
+
+def check_once(
+    tokenizer: Decoder, ids: list[int], stop: tuple[str, ...], pieces: Mapping[int, str] | None
+) -> IncrementalDetokenizer:
+    detokenizer = IncrementalDetokenizer(tokenizer, stop, pieces=pieces)
     expected = cut(tokenizer.decode(ids), stop)
     shown = ""
     for count, token_id in enumerate(ids):
@@ -128,6 +144,40 @@ def test_byte_fallback(words: list[str], stop: tuple[str, ...]) -> None:
     for word in words:
         tokens.extend([word] if word.isascii() else word.encode())
     check(ByteFallback(tokens), list(range(len(tokens))), stop)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "adds_up"),
+    [
+        (decoders.ByteLevel(), True),
+        (decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]), True),
+        (
+            decoders.Sequence(
+                [
+                    decoders.Replace("\u2581", " "),
+                    decoders.ByteFallback(),
+                    decoders.Fuse(),
+                    decoders.Strip(" ", 1, 0),
+                ]
+            ),
+            False,
+        ),
+        (decoders.Metaspace(), False),
+        (decoders.WordPiece(), False),
+        (None, False),
+    ],
+)
+def test_which_texts_of_tokens_add_up(decoder: Any, adds_up: bool) -> None:
+    vocabulary = {"\u2581a": 0, "b": 1, "<0xC3>": 2, "<0xA9>": 3, "<0x0A>": 4, "\u2581": 5}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    if decoder is not None:
+        backend.decoder = decoder
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert (tokenizer.pieces(True) is not None) == adds_up
+    if adds_up and "ByteFallback" in repr(decoder):
+        for ids in product(range(6), repeat=4):
+            if "\ufffd" not in tokenizer.decode(ids):
+                check_once(tokenizer, list(ids), (), tokenizer.pieces(True))
 
 
 @given(st.lists(st.integers(0x7E, 0xFF) | st.sampled_from(["a", " ", ""]), max_size=40))
@@ -229,6 +279,6 @@ def test_long_stop_strings_cost_nothing_extra() -> None:
 
 def test_special_tokens_can_be_kept() -> None:
     ids = [*DEMO.encode("a"), SPECIAL, *DEMO.encode("b é")]
-    for skip, expected in ((True, "ab é"), (False, "a<|im_start|>b é")):
-        detokenizer = IncrementalDetokenizer(DEMO, skip_special_tokens=skip)
+    for skip, expected in ((True, "ab é"), (False, "a<|im_start|>b é")) * 2:
+        detokenizer = IncrementalDetokenizer(DEMO, skip_special_tokens=skip, pieces=DEMO.pieces(skip))
         assert "".join([*map(detokenizer.push, ids), detokenizer.finish()]) == expected

@@ -1,6 +1,7 @@
 """One call with its answers: submits them as the queue takes them, and cancels what is unfinished when it ends."""
 
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from moe_nvfp4.engine.orders import Sink
@@ -60,6 +61,15 @@ class Call:
             self._engine.cancel(answer)
         self._waiting.clear()
         self._submitted.clear()
+
+
+def last_only(sink: Sink) -> Sink:
+    """For a caller that waits for whole answers, and need not be woken for each token."""
+
+    def pass_on(item: Increment | Exception) -> Callable[[], None] | None:
+        return sink(item) if isinstance(item, Exception) or item.completion is not None else None
+
+    return pass_on
 
 
 def generations(requests: Requests, done: dict[tuple[int, int], Completion]) -> Generation | list[Generation]:

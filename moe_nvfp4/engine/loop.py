@@ -22,12 +22,12 @@ import torch
 
 from moe_nvfp4.engine.data_parallel import DataParallelScheduler
 from moe_nvfp4.engine.launch import launch
-from moe_nvfp4.engine.orders import Call, Cancel, Close, Late, LocalOrders, Order, Orders, Sink, Submit
+from moe_nvfp4.engine.orders import Call, Cancel, Close, Late, LocalOrders, Order, Orders, Sink, Submit, hand_out
 from moe_nvfp4.engine.scheduler import Scheduler, Sequence, Step
 from moe_nvfp4.engine.stats import Counters, EngineStats
 from moe_nvfp4.engine.stepper import Stepper, StepResult
 from moe_nvfp4.errors import DeadlineError, EngineError, QueueFullError, RequestError
-from moe_nvfp4.generation import Answer
+from moe_nvfp4.generation import Answer, Increment
 
 Result = TypeVar("Result")
 
@@ -237,6 +237,17 @@ class Engine:
     def _land(self, flight: Flight) -> None:
         token_ids, peaks = flight.result.wait()
         self._digest = zlib.crc32(array("i", token_ids), self._digest)
+        given: list[tuple[Sink, Increment | Exception]] = []
+        try:
+            self._advance(flight, token_ids, peaks, given)
+        finally:
+            hand_out(given)
+        if given:
+            self.counters.last_token = time.monotonic()
+
+    def _advance(
+        self, flight: Flight, token_ids: list[int], peaks: list[float], given: list[tuple[Sink, Increment | Exception]]
+    ) -> None:
         for row, rows in enumerate(flight.step.rows):
             sequence = rows.sequence
             if not rows.samples:
@@ -254,7 +265,7 @@ class Engine:
             if increment.completion is not None:
                 self._end(sequence)
                 self.counters.answered += 1
-            sink(increment)
+            given.append((sink, increment))
 
     def _begin(self, answer: Answer, sink: Sink) -> None:
         sequence, refusal = answer.sequence, self._over
@@ -264,7 +275,7 @@ class Engine:
             self.counters.refused += 1
             with self._lock:
                 self._unfinished -= 1
-            sink(refusal)
+            hand_out([(sink, refusal)])
             return
         self._open[sequence.ident] = answer, sink
         self.counters.requests += 1
@@ -274,7 +285,6 @@ class Engine:
         """A token has come."""
         counters, sequence = self.counters, answer.sequence
         counters.generated_tokens += 1
-        counters.last_token = time.monotonic()
         if len(answer.new_ids) == 1:
             counters.prompt_tokens += sequence.prompt_length
             counters.reused_tokens += sequence.reused
@@ -290,7 +300,7 @@ class Engine:
         _, sink = self._open[sequence.ident]
         self._end(sequence)
         self.counters.failed += 1
-        sink(error)
+        hand_out([(sink, error)])
 
     def _fail_all(self, error: Exception) -> None:
         """The loop is over: nobody who came in time waits for ever."""

@@ -8,7 +8,7 @@ that clients talk to, and is part of its orders.
 import json
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Protocol
@@ -17,7 +17,8 @@ from moe_nvfp4.engine.order_link import Line, Lines
 from moe_nvfp4.generation import Answer, Increment
 from moe_nvfp4.sampling import SamplingParams
 
-Sink = Callable[[Increment | Exception], None]
+# Takes what an answer got. May return a function that wakes who waits, to be called when others have got theirs too.
+Sink = Callable[[Increment | Exception], Callable[[], None] | None]
 # Builds an answer from the prompt, the tokens that it has already, the parameters, and its number among n.
 Build = Callable[[list[int], list[int], SamplingParams, int], Answer]
 BEAT_SECONDS: Final = 0.5  # a leader with nothing to do takes a turn so often, to show that it lives
@@ -25,6 +26,12 @@ BEAT_SECONDS: Final = 0.5  # a leader with nothing to do takes a turn so often, 
 
 def nobody(_: Increment | Exception) -> None:
     """The sink of an answer whose client is at another rank."""
+
+
+def hand_out(items: Iterable[tuple[Sink, Increment | Exception]]) -> None:
+    """To all sinks; then each who waits is woken, once."""
+    for wake in {wake for sink, item in items if (wake := sink(item)) is not None}:
+        wake()
 
 
 @dataclass(frozen=True, slots=True)

@@ -305,6 +305,28 @@ def test_tasks_of_asyncio(shared_runner: MoERunner) -> None:
     settled(shared_runner)
 
 
+def test_a_step_wakes_the_event_loop_once(shared_runner: MoERunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def spared() -> int:
+        runner, woken = AsyncMoERunner(shared_runner), 0
+        loop = asyncio.get_running_loop()
+        wake = loop.call_soon_threadsafe
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            nonlocal woken
+            woken += 1
+            return wake(*arguments, **options)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+        hundred = SamplingParams(max_new_tokens=100, ignore_eos=True)
+
+        async def one(number: int) -> int:
+            return sum([len(increment.token_ids) async for increment in runner.stream([number], hundred)])
+
+        return sum(await asyncio.gather(*map(one, range(4)))) - woken
+
+    assert asyncio.run(spared()) > 200, "of 400 tokens in about 100 steps"
+
+
 def test_a_cancelled_task_frees_what_it_holds(shared_runner: MoERunner) -> None:
     async def cancelled() -> int:
         runner = AsyncMoERunner(shared_runner)

@@ -304,8 +304,8 @@ class Saying(AsyncMoERunner):
 
     text = ""
 
-    def stream(self, prompts: Any, sampling: Any = None) -> Any:
-        return super().stream(prompts, replace(sampling, grammar=f"root ::= {json.dumps(self.text)}"))
+    def follow(self, prompts: Any, sampling: Any, receiver: Any) -> Any:
+        return super().follow(prompts, replace(sampling, grammar=f"root ::= {json.dumps(self.text)}"), receiver)
 
 
 def calls_of(days: int) -> str:

@@ -225,6 +225,14 @@ def test_a_reader_that_stops(served: Serving, runner: MoERunner) -> None:
         assert b"data: " in received and b"[DONE]" not in received
 
 
+def test_a_stream_that_waits_says_so(served: Serving) -> None:
+    with demo_runner(max_batch_size=1) as small, serving({"demo": small}, keep_alive=0.05) as slow:
+        request = ("POST", slow.url + COMPLETIONS)
+        with httpx.stream(*request, json=long(stream=True)), httpx.stream(*request, json=long(stream=True)) as second:
+            lines = second.iter_lines()
+            assert [next(lines) for _ in range(4)] == [": waiting", ""] * 2
+
+
 def test_ready_and_metrics(runner: MoERunner) -> None:
     with serving({"demo": runner}, ready_interval=0.3) as served:
         for _ in range(2):
