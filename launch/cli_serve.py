@@ -47,6 +47,9 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-waiting", type=int, default=1024, metavar="N", help="requests that may wait for a place")
     parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="of keys and values")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs: the same steps, launch by launch")
+    parser.add_argument(
+        "--count-experts", action="store_true", help="count the rows of each expert, for the page; a launch a layer"
+    )
     parser.add_argument("--api-key-file", type=Path, metavar="FILE")
     parser.add_argument("--quiet", action="store_true", help="no memory plan and no line for each request")
     for name, text in (
@@ -139,6 +142,7 @@ async def _run(
                 max_waiting=arguments.max_waiting,
                 kv_dtype=arguments.kv_dtype,
                 cuda_graphs=not arguments.eager,
+                count_experts=arguments.count_experts,
                 warm_up=True,
                 verbose=not arguments.quiet,
             )

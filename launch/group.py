@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
+from moe_nvfp4.errors import EngineError, RequestError
+from moe_nvfp4.expert_loads import ExpertLoads
 from moe_nvfp4.frontend import Frontend
 from moe_nvfp4.grammar import Grammars
 from moe_nvfp4.launch.group_balance import Rebalanced, rebalance_workers
@@ -30,6 +33,8 @@ class GroupRunner(Frontend):
         profile = self.engine.profile
         self.max_seq_len, self.eos_token_ids = profile.max_seq_len, profile.eos_token_ids
         self.load_seconds = self.engine.load_seconds
+        if model_settings.get("count_experts"):
+            self.expert_loads = ExpertLoads(self._expert_rows, profile.experts)
         tokenizer, vocabulary = _tokenizer(profile), profile.vocab_size
         self.prompts = PromptEncoder(
             tokenizer,
@@ -43,8 +48,17 @@ class GroupRunner(Frontend):
     def rebalance(self, max_moves: int | None = None) -> Rebalanced:
         """Moves experts by the rows that were counted since the last time, while requests are served. `max_moves`:
         experts that ranks may read for a layer. For models loaded with count_experts, and best with spare_experts."""
+        if self.expert_loads is None:
+            raise RequestError("rebalance: rows are not counted; load with count_experts=True")
         with self._rebalances:
-            return rebalance_workers(self.engine.workers, max_moves)
+            return rebalance_workers(self.engine.workers, self.expert_loads.take(), max_moves)
+
+    def _expert_rows(self) -> dict[int, list[int]]:
+        try:
+            rows: dict[int, list[int]] = ray.get(self.engine.workers.leader.expert_rows.remote())
+        except RayError as error:
+            raise EngineError(f"a rank has failed, and the group will be built again: {error}") from error
+        return rows
 
     def close(self) -> None:
         super().close()

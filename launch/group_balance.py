@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from moe_nvfp4.errors import EngineError, RequestError
+from moe_nvfp4.errors import EngineError
 from moe_nvfp4.launch.group_workers import Workers
 from moe_nvfp4.routing.placement import Placement
 from moe_nvfp4.routing.rebalance import rank_loads, rebalance
@@ -30,13 +30,10 @@ class Rebalanced:
     after: float
 
 
-def rebalance_workers(workers: Workers, max_moves: int | None) -> Rebalanced:
-    """`max_moves`: experts of a layer that ranks may read."""
+def rebalance_workers(workers: Workers, loads: Mapping[int, Sequence[int]], max_moves: int | None) -> Rebalanced:
+    """`loads`: rows of each expert, by layer. `max_moves`: experts of a layer that ranks may read."""
     try:
-        loads: dict[int, list[int]] = ray.get(workers.leader.call_everywhere.remote("take_counts", {}))
         present, everywhere = ray.get(workers.leader.placement.remote())
-        if not loads:
-            raise RequestError("rebalance: rows are not counted; load with count_experts=True")
         placed = rebalance(loads, present, everywhere=everywhere, max_moves=max_moves)
         moves = plan_moves(present, placed)
         for one in moves:

@@ -12,6 +12,7 @@ from moe_nvfp4.async_runner import AsyncMoERunner
 from moe_nvfp4.launch.http_chat import chat
 from moe_nvfp4.launch.http_completions import complete
 from moe_nvfp4.launch.http_errors import install_error_handlers, json_response, unavailable
+from moe_nvfp4.launch.http_experts import experts_router
 from moe_nvfp4.launch.http_guard import Guard
 from moe_nvfp4.launch.http_schemas import ChatRequest, CompletionRequest
 from moe_nvfp4.launch.http_server import Server
@@ -34,6 +35,7 @@ def create_app(runners: Mapping[str, AsyncMoERunner], settings: ServerSettings |
     install_error_handlers(app)
     app.add_middleware(Guard, server=server)
     app.include_router(page_router())
+    app.include_router(experts_router(server))
     _add_answers(app, server)
     _add_models(app, server)
     _add_health(app, server)

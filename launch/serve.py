@@ -60,6 +60,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             "max_waiting": arguments.max_waiting,
             "kv_dtype": arguments.kv_dtype,
             "cuda_graphs": not arguments.eager,
+            "count_experts": arguments.count_experts,
             "warm_up": True,
             "verbose": not arguments.quiet,
         },

@@ -53,6 +53,7 @@ class Profile:
     media_tokens: dict[int, str]
     eos_token_ids: frozenset[int]
     slots: int
+    experts: int
     tokenizer_files: dict[str, bytes] = field(repr=False)
 
 
@@ -118,7 +119,7 @@ class ExpertWorker:
         """Seconds."""
         self.runner = runner = MoERunner(self._prepared, self._member.orders)
         self._rebalancing = Rebalancing(self._prepared, runner.experts)
-        runner.engine.named |= {"take_counts": runner.experts.tables.take_counts, "replace_layer": self._replace_layer}
+        runner.engine.named |= {"replace_layer": self._replace_layer}
         return runner.load_seconds
 
     def end_of_start(self) -> None:
@@ -171,6 +172,11 @@ class ExpertWorker:
         error = None if failure is None else "".join(traceback.format_exception(failure)).strip()
         return Beat(self.runner.engine.turns, error, self.runner.engine.stats())
 
+    def expert_rows(self) -> dict[int, list[int]]:
+        """Of rank 0: every rank counts the rows of all, since it was loaded."""
+        assert self.runner is not None
+        return self.runner.engine.call(self.runner.experts.tables.all_counts)
+
     def call_everywhere(self, name: str, arguments: dict[str, Any]) -> Any:
         """Of rank 0."""
         assert self.runner is not None
@@ -218,6 +224,7 @@ def _profile(prepared: Preparation, model: str) -> Profile:
         context_length=prompts.context_length,
         media_tokens=dict(prompts.media_tokens),
         eos_token_ids=prepared.eos_token_ids,
+        experts=prepared.config.num_experts,
         slots=prepared.plan.max_batch_size * (prepared.ranks.size if prepared.ranks.splits_rows else 1),
         tokenizer_files={path.name: path.read_bytes() for path in found if path.is_file()} if prompts.tokenizer else {},
     )

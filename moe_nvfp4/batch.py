@@ -23,7 +23,7 @@ class Batch:
     token_ids: torch.Tensor  # int32 [T]
     rows: Rows
     last_rows: torch.Tensor  # int32 [B]: the row of each piece that predicts its next token, in the pieces' order
-    step: StepRows | None = None  # where ranks work together
+    step: StepRows | None = None  # where ranks work together or rows are counted
 
     @classmethod
     def of(cls, pieces: Sequence[Piece], device: torch.device, step: StepRows | None = None) -> "Batch":

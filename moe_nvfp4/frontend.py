@@ -11,6 +11,7 @@ from typing import Any, Self, overload
 from moe_nvfp4.detokenize import IncrementalDetokenizer
 from moe_nvfp4.engine import scheduler
 from moe_nvfp4.engine.call import AnsweringEngine, Call, generations, last_only
+from moe_nvfp4.expert_loads import ExpertLoads
 from moe_nvfp4.generation import Answer, Generation, Increment
 from moe_nvfp4.prompts import Message, Prompt, PromptEncoder, Requests
 from moe_nvfp4.sampling import Sampler, SamplingParams
@@ -23,6 +24,7 @@ class Frontend:
     prompts: PromptEncoder
     engine: AnsweringEngine
     max_seq_len: int
+    expert_loads: ExpertLoads | None = None  # where rows are counted
 
     @property
     def tokenizer(self) -> Tokenizer | None:

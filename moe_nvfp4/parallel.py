@@ -74,7 +74,7 @@ class Ranks:
 
     def dispatcher(self, tables: PlacementTables) -> Dispatcher:
         if self.collectives is None:
-            return LocalDispatcher(tables.placement, tables.device)
+            return LocalDispatcher(tables)
         return (GatherDispatcher if self.splits_rows else AllReduceDispatcher)(tables, self.collectives)
 
     def placement(self, layers: Sequence[int], num_experts: int, *, everywhere: Sequence[int], spare: int) -> Placement:

@@ -70,7 +70,7 @@ class Preparation:
     ):
         self.started = time.perf_counter()
         self.prefix_reuse, self.max_waiting = prefix_reuse, max_waiting
-        self.ranks, self._count_experts = ranks or ALONE, count_experts
+        self.ranks, self.count_experts = ranks or ALONE, count_experts
         if type(max_waiting) is not int or max_waiting < 0:
             raise RequestError(f"max_waiting: got {max_waiting!r}; expected a number of requests from 0")
         self.device, self.verbose = _device(device), verbose
@@ -180,7 +180,7 @@ class Preparation:
                 placement=self.placement,
                 rank=self.ranks.rank,
                 fragments=self.fast,
-                count_rows=self._count_experts,
+                count_rows=self.count_experts,
                 progress=progress,
             )
             weights = load_dense(

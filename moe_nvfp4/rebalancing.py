@@ -1,7 +1,7 @@
 """Experts move between ranks while requests are served: read beside the buffers, then swapped in between two steps.
 
 Buffers and tables keep their addresses, so captured graphs go on. All ranks of a group replace a layer's placement at
-the same turn. With counted rows (`experts.tables.take_counts()`) and routing/rebalance.py:
+the same turn. With counted rows (`MoERunner.expert_loads`) and routing/rebalance.py:
 
     rebalancing = Rebalancing(prepared, experts)
     for moves in rebalancing.moves(placement):

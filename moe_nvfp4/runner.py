@@ -17,6 +17,7 @@ from moe_nvfp4.engine.loop import Engine
 from moe_nvfp4.engine.orders import Build, Orders
 from moe_nvfp4.engine.stepper import Stepper
 from moe_nvfp4.engine.warm_up import warm_up
+from moe_nvfp4.expert_loads import ExpertLoads
 from moe_nvfp4.frontend import Frontend
 from moe_nvfp4.preparation import Preparation
 
@@ -49,9 +50,11 @@ class MoERunner(Frontend):
             graphs=prepared.cuda_graphs,
             verbose=prepared.verbose,
             ranks=prepared.ranks,
+            count_rows=prepared.count_experts,
         )
         if prepared.warm_up:
             warm_up(self.stepper, prepared.step_rows, prepared.cache_settings.chunk, prepared.verbose)
+            self.experts.tables.forget_counts()
         self.engine: Engine = Engine(
             self.stepper,
             scheduler_of(prepared),
@@ -59,6 +62,8 @@ class MoERunner(Frontend):
             self.config.vocab_size,
             orders(self.answer) if orders else None,
         )
+        if prepared.count_experts:
+            self.expert_loads = ExpertLoads(self._expert_rows, self.config.num_experts)
         self.load_seconds = time.perf_counter() - prepared.started
 
     @classmethod
@@ -83,6 +88,7 @@ class MoERunner(Frontend):
         prefix_reuse: bool = True,
         max_waiting: int = 4096,
         warm_up: bool = False,
+        count_experts: bool = False,
         verbose: bool = True,
         **of_a_group: Any,
     ) -> Preparation:
@@ -94,8 +100,9 @@ class MoERunner(Frontend):
         `buckets`: batch sizes that get a graph, the largest of them max_batch_size; default: some sizes up to it.
         Beyond max_batch_size requests at once, `max_waiting` may wait. `prefix_reuse`: what a prompt has in common
         with one before it is not computed again. `warm_up`, on a GPU: compile at once what prompts of any length need,
-        some seconds with an empty kernel cache, and not when the first of them comes. `of_a_group`: for one rank of
-        several, see `Preparation`.
+        some seconds with an empty kernel cache, and not when the first of them comes. `count_experts`: count the rows
+        that each expert takes, for `expert_loads`; one launch more a layer. `of_a_group`: for one rank of several, see
+        `Preparation`.
         """
         return Preparation(
             path_or_hub_id,
@@ -109,6 +116,7 @@ class MoERunner(Frontend):
             prefix_reuse=prefix_reuse,
             max_waiting=max_waiting,
             warm_up=warm_up,
+            count_experts=count_experts,
             verbose=verbose,
             **of_a_group,
         )
@@ -130,6 +138,9 @@ class MoERunner(Frontend):
         finally:
             lease.give_back()
         return torch.cat(rows)
+
+    def _expert_rows(self) -> dict[int, list[int]]:
+        return self.engine.call(lambda: self.experts.tables.all_counts())
 
     @property
     def step_rows(self) -> int:

@@ -18,12 +18,11 @@ from torch.nn import functional as F
 from moe_nvfp4.kernels.place_routes import place_routes
 from moe_nvfp4.kernels.route import Routes
 from moe_nvfp4.routing.collectives import Collectives
-from moe_nvfp4.routing.placement import Placement
 from moe_nvfp4.routing.tables import PlacementTables
 
 
 class StepRows(NamedTuple):
-    """Which rows of a step count, where ranks work together."""
+    """Which rows of a step count, where ranks work together or rows are counted."""
 
     padded: int  # P
     live_G: torch.Tensor  # int32: the first so many of each rank's rows; the others are padding
@@ -41,22 +40,21 @@ class Dispatcher(Protocol):
 
 
 class LocalDispatcher:
-    """Logical ids become slots. Where they are equal there is nothing to launch."""
+    """Logical ids become slots. Where they are equal, and rows are not counted, there is nothing to launch."""
 
-    def __init__(self, placement: Placement, device: torch.device):
-        assert placement.num_ranks == 1, "experts of other ranks would be left out"
-        self._slots = {
-            layer: torch.tensor([*placement.table(layer, 0)[0], -1], dtype=torch.int32, device=device)
-            for layer, (experts,) in placement.slots.items()
-            if list(experts) != list(range(len(experts)))
+    def __init__(self, tables: PlacementTables):
+        assert tables.placement.num_ranks == 1, "experts of other ranks would be left out"
+        self._tables = tables
+        self._as_they_are = {
+            layer
+            for layer, (experts,) in tables.placement.slots.items()
+            if list(experts) == list(range(len(experts))) and tables.counts(layer) is None
         }
 
     def dispatch(
         self, layer: int, x_TH: torch.Tensor, routes: Routes, step: StepRows | None = None
     ) -> tuple[torch.Tensor, Routes, None]:
-        if layer in self._slots:
-            routes = Routes(self._slots[layer][routes.expert_ids_TK], routes.weights_TK)
-        return x_TH, routes, None
+        return x_TH, routes if layer in self._as_they_are else _placed(self._tables, layer, routes, step), None
 
     def combine(self, y_TH: torch.Tensor, handle: None) -> torch.Tensor:
         return y_TH
@@ -71,12 +69,17 @@ class AllReduceDispatcher:
     def dispatch(
         self, layer: int, x_TH: torch.Tensor, routes: Routes, step: StepRows | None
     ) -> tuple[torch.Tensor, Routes, None]:
-        live_G = None if step is None else step.live_G
-        ids_TK = place_routes(routes.expert_ids_TK[None], self._tables[layer], live_G, self._tables.counts(layer))
-        return x_TH, Routes(ids_TK, routes.weights_TK), None
+        return x_TH, _placed(self._tables, layer, routes, step), None
 
     def combine(self, y_TH: torch.Tensor, handle: None) -> torch.Tensor:
         return self._collectives.all_reduce(y_TH)
+
+
+def _placed(tables: PlacementTables, layer: int, routes: Routes, step: StepRows | None) -> Routes:
+    """Of rows that all ranks have."""
+    live_G = None if step is None else step.live_G
+    ids_TK = place_routes(routes.expert_ids_TK[None], tables[layer], live_G, tables.counts(layer))
+    return Routes(ids_TK, routes.weights_TK)
 
 
 class GatherDispatcher:

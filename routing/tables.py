@@ -28,13 +28,13 @@ class PlacementTables:
         """int64 [E] to be added to, or None."""
         return self._lines.get(layer)
 
-    def take_counts(self) -> dict[int, list[int]]:
-        """Rows of each logical expert, by layer, since the last call. Waits for the device."""
-        if self._counts is None:
-            return {}
-        counts = self._counts.tolist()
-        self._counts.zero_()
-        return dict(zip(self._layers, counts, strict=True))
+    def all_counts(self) -> dict[int, list[int]]:
+        """Rows of each logical expert, by layer, since the start. Waits for the device."""
+        return {} if self._counts is None else dict(zip(self._layers, self._counts.tolist(), strict=True))
+
+    def forget_counts(self) -> None:
+        if self._counts is not None:
+            self._counts.zero_()
 
     def replace(self, placement: Placement, layer: int) -> None:
         """From the next step on this layer is placed like that, in the order of the stream."""

@@ -208,9 +208,14 @@ def answers_while_experts_move(
     rebalancing, coming, counts = Rebalancing(rank.prepared, rank.experts), list(placements), []
     lies = [layer.up.codes.data_ptr() for layer in rank.experts.layers.values()]
 
+    def taken() -> dict[int, list[int]]:
+        counted = rank.experts.tables.all_counts()
+        rank.experts.tables.forget_counts()
+        return counted
+
     def between(step: int) -> None:
         if coming and step % 4 == 3:
-            counts.append(rank.experts.tables.take_counts())
+            counts.append(taken())
             placement = coming.pop(0)
             for moves in rebalancing.moves(placement):
                 rebalancing.replace(placement, moves, rebalancing.read(moves))
@@ -218,7 +223,7 @@ def answers_while_experts_move(
     answers = rank.generate(prompts, params, late=len(prompts) // 2, between=between)
     assert not coming and rank.experts.placement == placements[-1]
     assert lies == [layer.up.codes.data_ptr() for layer in rank.experts.layers.values()]
-    counts.append(rank.experts.tables.take_counts())
+    counts.append(taken())
     return [tuple(a.new_ids) for a in answers], counts
 
 

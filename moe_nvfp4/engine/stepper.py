@@ -79,7 +79,7 @@ class StepBuffers:
     flat: torch.Tensor  # int32 [fields, rows]
     rows: Rows
     sampling: SamplingRows
-    step: StepRows | None = None  # in a group
+    step: StepRows | None = None
     next_rows: list[DecodeRow] | None = None  # for which the inputs are there already
     live: tuple[int, ...] = ()  # rows of each rank, likewise
     graph: torch.cuda.CUDAGraph | None = None
@@ -91,7 +91,7 @@ class StepBuffers:
 
     @classmethod
     def new(cls, rows: int, device: torch.device, lines: int | None = None) -> "StepBuffers":
-        """`lines`: in a group, how many ranks bring rows of their own."""
+        """`lines`: how many ranks bring rows of their own, where the steps are to say which rows count."""
         flat = torch.zeros(len(cls.FIELDS), -(-rows // 4) * 4, dtype=torch.int32, device=device)
         position, length, slot, _, top_k = (line[:rows] for line in flat[: cls.FIRST_FLOAT])
         temperature, top_p, min_p, uniform = (line[:rows] for line in flat[cls.FIRST_FLOAT :].view(torch.float32))
@@ -136,7 +136,8 @@ class StepBuffers:
 
 
 class Stepper:
-    """Batches of decode steps are filled up to one of `buckets`. `graphs`: captures them when it is built."""
+    """Batches of decode steps are filled up to one of `buckets`. `graphs`: captures them when it is built.
+    `count_rows`: somebody counts rows, and must know which of them fill up."""
 
     def __init__(
         self,
@@ -148,9 +149,10 @@ class Stepper:
         graphs: bool,
         verbose: bool,
         ranks: Ranks = ALONE,
+        count_rows: bool = False,
     ):
         self.model, self.cache, self.device, self.buckets = model, cache, device, sorted(buckets)
-        self.ranks = ranks
+        self.ranks, self._tells_rows = ranks, ranks.size > 1 or count_rows
         self._lines = ranks.size if ranks.splits_rows else 1  # ranks with sequences of their own
         self._line = ranks.rank if ranks.splits_rows else 0
         self.penalties = Penalties(cache.slots, device)
@@ -236,7 +238,7 @@ class Stepper:
         return self._results(sampled, logits, top_logprobs, count, whole)
 
     def _step_rows(self, pieces: Sequence[Piece], whole: WholeStep | None) -> StepRows | None:
-        if self.ranks.size == 1:
+        if not self._tells_rows:
             return None
         alike = (sum(len(piece.token_ids) for piece in pieces),) * self._lines
         live = alike if whole is None else whole.tokens
@@ -296,7 +298,7 @@ class Stepper:
         positions_and_lengths.add_(live)
 
     def _new_buffers(self, size: int) -> StepBuffers:
-        return StepBuffers.new(size, self.device, None if self.ranks.size == 1 else self._lines)
+        return StepBuffers.new(size, self.device, self._lines if self._tells_rows else None)
 
     def _bucket(self, rows: int) -> int:
         return next((size for size in self.buckets if size >= rows), rows)
