@@ -96,7 +96,12 @@ def test_a_follower_does_what_its_leader_does(two: tuple[MoERunner, MoERunner], 
     ]
     stream = leader.stream(asked[0], replace(params[0], max_new_tokens=100))
     next(stream)
-    late = threading.Thread(target=lambda: pytest.raises(RequestError, leader.generate, [1], LATE))
+
+    def come_too_late() -> None:
+        with pytest.raises(RequestError):
+            leader.generate([1], LATE)
+
+    late = threading.Thread(target=come_too_late)
     late.start()
     results = leader.generate(asked, params)
     stream.close()
