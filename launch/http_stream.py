@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import suppress
@@ -29,8 +30,8 @@ class Relay:
         self._most = most
         self._items: deque[Increment | Exception | None] = deque()  # None: the end
         self._loop = asyncio.get_running_loop()
-        self._reader: asyncio.Future[None] | None = None  # who waits for an item
-        self._waiting_since = 0.0
+        self._reader: asyncio.Future[bool] | None = None  # who waits for an item: whether one came in time
+        self._deadline = math.inf  # of the reader
         self._alarm: asyncio.TimerHandle | None = None
         self.too_slow = asyncio.Event()
         self._following: Following | None = None
@@ -54,7 +55,7 @@ class Relay:
 
     async def next(self, patience: float | None = None) -> list[Increment]:
         """All that has come, at least one increment; [] at the end. TimeoutError if none comes within `patience`
-        seconds, which has to be the same at each call."""
+        seconds."""
         await self._arrival(patience)
         if isinstance(self._items[0], Exception):
             raise self._items[0]
@@ -74,7 +75,7 @@ class Relay:
     def _put(self, item: Increment | Exception | None) -> None:
         if self._reader is not None:
             if not self._reader.done():
-                self._reader.set_result(None)
+                self._reader.set_result(True)
         elif self._most is not None and len(self._items) >= self._most and isinstance(item, Increment):
             self.too_slow.set()
             self.close()
@@ -84,23 +85,30 @@ class Relay:
     async def _arrival(self, patience: float | None) -> None:
         if self._items:
             return
-        self._reader, self._waiting_since = self._loop.create_future(), self._loop.time()
-        if self._alarm is None and patience is not None:
-            self._alarm = self._loop.call_later(patience, self._ring, patience)
+        self._reader = self._loop.create_future()
+        self._deadline = math.inf if patience is None else self._loop.time() + patience
+        if patience is not None and (self._alarm is None or self._alarm.when() > self._deadline):
+            self._set_alarm()
         try:
-            await self._reader
+            if not await self._reader:
+                raise TimeoutError
         finally:
             self._reader = None
 
-    def _ring(self, patience: float) -> None:
-        """One alarm for many waits: to set and to cancel one for each token would cost more than the token."""
+    def _set_alarm(self) -> None:
+        """One for many waits: a timeout of asyncio for each token would cost more than all else here."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm = self._loop.call_at(self._deadline, self._ring)
+
+    def _ring(self) -> None:
         self._alarm = None
-        if self._reader is None or self._reader.done():
+        if self._reader is None or self._reader.done() or self._deadline == math.inf:
             return  # the next wait sets another
-        if (due := self._waiting_since + patience) > self._loop.time():
-            self._alarm = self._loop.call_at(due, self._ring, patience)
+        if self._deadline > self._loop.time():
+            self._set_alarm()
         else:
-            self._reader.set_exception(TimeoutError())
+            self._reader.set_result(False)
 
 
 class EventStream(Response):

@@ -73,9 +73,9 @@ class Following:
             self._call.submit()
         except Exception as error:
             self._end(error)
-        else:
-            if not self._call.is_open:
-                self._end(None)
+            return
+        if not self._call.is_open:
+            self._end(None)
 
     def _end(self, error: Exception | None) -> None:
         if not self._is_over:

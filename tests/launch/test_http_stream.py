@@ -95,6 +95,21 @@ def test_patience_begins_anew_with_each_increment() -> None:
     run(scenario)
 
 
+def test_each_wait_has_its_own_patience() -> None:
+    async def scenario(tap: Tap, relay: Relay) -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.01, tap.put, increment(0))
+        await relay.begun(0.1)
+        assert await relay.next(10) == [increment(0)]
+        for number, patience in enumerate((10, None)):
+            loop.call_later(0.2, tap.put, increment(number))
+            assert await relay.next(patience) == [increment(number)]
+        with pytest.raises(TimeoutError):
+            await relay.next(0.01)
+
+    run(scenario)
+
+
 def test_a_reader_that_waits_is_not_slow() -> None:
     """However much comes before it has its turn."""
 
