@@ -57,7 +57,7 @@ async def chat(server: Server, request: Request, body: ChatRequest) -> Response:
         opened = dialect.think is not None and end.endswith(dialect.think[0])
         return ids, opened and params.constraint is None
 
-    ids, thinking = await model.encode(encode)
+    ids, thinking = await model.encode(params, encode)
     parsers = [AnswerParser(dialect, schemas, thinking=thinking, begun=begun, closing=closing) for _ in range(params.n)]
     reply = ChatReply(model.name, ids, tokenizer, parsers, parallel=body.parallel_tool_calls is not False)
     return await answer(server, request, body, Job(model, [ids], params, reply))

@@ -38,7 +38,7 @@ async def complete(server: Server, request: Request, body: CompletionRequest) ->
         model.check(ids, params, "prompt")
         return ids
 
-    prompts = await model.encode(encode)
+    prompts = await model.encode(params, encode)
     reply = CompletionReply(model, prompts, params.n)
     if body.echo:
         reply.echo = [text if isinstance(text, str) else _text(model, text) for text in texts]

@@ -17,7 +17,7 @@ from moe_nvfp4.prompts import PromptEncoder
 from moe_nvfp4.sampling import SamplingParams
 
 Result = TypeVar("Result")
-ENCODERS = 4
+ENCODERS, COMPILERS = 4, 8
 PROBE_SECONDS = 10.0  # in which a model that is asked for one token must give it
 
 
@@ -45,16 +45,18 @@ class ServedModel:
         self.created = int(time.time())
         self._last_token = -float("inf")
         self._probe: asyncio.Task[bool] | None = None
-        # A long prompt, or a schema that takes long to compile, holds up few other prompts and nobody's answer.
+        # A long prompt holds up few other prompts, a new schema only other new ones, and neither of them an answer.
         self._encoder = ThreadPoolExecutor(ENCODERS, thread_name_prefix=f"moe-nvfp4 prompts {name}")
+        self._compiler = ThreadPoolExecutor(COMPILERS, thread_name_prefix=f"moe-nvfp4 grammars {name}")
         self._mean_seconds = 1.0
         self._between = metrics.between.labelled(model=name)
         self._first_token = metrics.first_token.labelled(model=name)
         self._new_tokens = metrics.new_tokens.labelled(model=name)
         metrics.registry.register(self._engine_figures)
 
-    async def encode(self, function: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, function)
+    async def encode(self, params: SamplingParams, function: Callable[[], Result]) -> Result:
+        threads = self._compiler if self.prompts.compiles(params) else self._encoder
+        return await asyncio.get_running_loop().run_in_executor(threads, function)
 
     def check(self, prompts: list[list[int]], params: SamplingParams, param: str) -> None:
         """All that can be refused before the engine is asked; takes long where a schema has to be compiled. A prompt
@@ -149,7 +151,8 @@ class ServedModel:
         yield gauge("moe_nvfp4_pages_held", held_text, zip(groups, held, strict=True))
 
     def close(self) -> None:
-        self._encoder.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._encoder, self._compiler):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def card(self) -> dict[str, Any]:
         owner = {"object": "model", "created": self.created, "owned_by": "moe-nvfp4"}

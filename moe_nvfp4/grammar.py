@@ -123,6 +123,10 @@ class Grammars:
             self._check_for(constraint, job)
         job.result()
 
+    def keeps(self, constraint: Constraint) -> bool:
+        with self._lock:
+            return constraint in self._kept
+
     def matcher(self, constraint: Constraint) -> Matcher:
         """At its beginning, of a grammar that was checked, here or at another rank: compiles it if it was not kept."""
         compilers, _ = self._build()

@@ -63,6 +63,11 @@ class PromptEncoder:
                 raise RequestError(f"SamplingParams.{sampling.constraint.kind}: this checkpoint has no tokenizer")
             self.grammars.check(sampling.constraint)
 
+    def compiles(self, sampling: SamplingParams) -> bool:
+        """Whether `encode` has to compile a grammar first, which may take seconds."""
+        constraint = sampling.constraint
+        return constraint is not None and self.grammars is not None and not self.grammars.keeps(constraint)
+
     def matcher(self, sampling: SamplingParams) -> Matcher | None:
         """Of an answer that has been checked."""
         constraint = sampling.constraint

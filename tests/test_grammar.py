@@ -227,6 +227,7 @@ def test_masks_of_some_rows(grammars: Grammars, device: str) -> None:
 def test_compiled_once_and_kept_within_bounds(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     grammars.check(first := Constraint("regex", "[0-9]{4}"))
     kept = grammars._kept[first]
+    assert grammars.keeps(first) and not grammars.keeps(Constraint("regex", "[0-9]{6}"))
     grammars.check(first)
     assert grammars._kept[first] is kept
     monkeypatch.setattr(grammar, "KEPT_BYTES", 1)
