@@ -21,13 +21,13 @@ from moe_nvfp4.launch.bench_exchanges import Exchange
 from moe_nvfp4.launch.bench_model import Shares
 from moe_nvfp4.parallel import Ranks
 
-LAYERS = 4
+LAYERS = 2
 MOST_SECONDS = 60
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model("nvidia/Qwen3.6-35B-A3B-NVFP4", tmp_path_factory.mktemp("ep") / "model")
+    return tiny_model("nvidia/Qwen3-30B-A3B-NVFP4", tmp_path_factory.mktemp("ep") / "model")
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +87,11 @@ def test_no_speed_for_other_tokens(folder: Path) -> None:
     figures = bench_ep.run_ranks(settings, 2, "replicated", expected, lines.append)
     assert figures["check_passed"] is False and "decode" not in figures
     assert any("nothing is timed" in line for line in lines) and not any("tok/s" in line for line in lines)
+
+
+def test_a_mode_that_cannot_be_is_refused(folder: Path) -> None:
+    with pytest.raises(bench_ep.Refused, match="4 attention heads cannot be shared out evenly over 3 ranks"):
+        bench_ep.run_ranks(settings_of(folder), 3, "tensor", None, print)
 
 
 @pytest.mark.parametrize(("sign", "message"), [(signal.SIGKILL, "died: signal SIGKILL"), (signal.SIGSTOP, "Nothing")])
