@@ -41,8 +41,10 @@ def routed_experts_many(
     offsets: Tensor,
     activation: str = "silu",
     portable: bool = False,
+    among: int | None = None,
 ) -> Tensor:
-    """bfloat16 [T, H]. `portable` asks for the plain kernels where faster ones exist.
+    """bfloat16 [T, H]. `portable` asks for the plain kernels where faster ones exist. `among`: over how many experts
+    the pairs are spread, those with id -1 too; default: those that are here.
 
     order_S [T K]: every index of a pair (row, k) in the flattened [T, K], grouped by expert. offsets [E + 1]: the
     pairs of expert e are order_S[offsets[e]:offsets[e + 1]]; the other pairs, those with id -1, may lie before
@@ -55,7 +57,7 @@ def routed_experts_many(
         return y_TH
     pairs = num_rows * top
     wgmma = not portable and x_TH.is_cuda and capability(x_TH.device)[0] == 9
-    bn, warps = _tile_shape(pairs / num_experts, wgmma)
+    bn, warps = _tile_shape(pairs / (among or num_experts), wgmma)
     max_tiles = pairs // bn + min(num_experts, pairs)
     hidden_tiles, inner_tiles = up.words.shape[-4], down.words.shape[-4]
     x_arranged = x_TH.new_empty(num_rows, 64 * hidden_tiles)

@@ -6,6 +6,7 @@ The one place that chooses a kernel. Letters: T rows, K experts of a row, H hidd
 """
 
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
@@ -37,21 +38,37 @@ def routed_experts(
     expert_ids_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     activation: str = "silu",
+    among: int | None = None,
 ) -> torch.Tensor:
-    """Ids of -1 are left out. Tensor-core kernels take fragments and bfloat16 on a GPU; else it is the twin."""
+    """Ids of -1 are left out. Tensor-core kernels take fragments and bfloat16 on a GPU; else it is the twin.
+
+    `among`: of how many experts these are a part (default: all). Pairs of the others have id -1: where these are few,
+    most have, and an expert has as many pairs as one of all.
+    """
     fast = x_TH.is_cuda and x_TH.dtype == torch.bfloat16 and x_TH.shape[0] > 0
     if not (fast and isinstance(up, FragmentTensor) and isinstance(down, FragmentTensor)):
         return routed_experts_twin(x_TH, gate, up, down, expert_ids_TK, weights_TK, activation)
     assert gate is None or isinstance(gate, FragmentTensor)
     ids = expert_ids_TK.int()
     experts = up.words.shape[0]
-    if x_TH.shape[0] == 1 or ids.numel() <= MOST_PAIRS_APART * experts:
+    among = among or experts
+    kernel = choose_kernel(x_TH.shape[0], ids.numel(), among)
+    if kernel == "pairs":
         return routed_experts_pairs(x_TH, gate, up, down, ids, weights_TK, activation)
-    if ids.numel() > MOST_PAIRS_GROUPED * experts:
+    if kernel == "many":
         pairs = sort_pairs(ids, experts, ids.numel())  # tiles of rows are cut from the offsets
-        return routed_experts_many(x_TH, gate, up, down, ids, weights_TK, pairs.order, pairs.offsets, activation)
-    pairs = sort_pairs(ids, experts, run_for(ids.numel(), experts))
+        return routed_experts_many(
+            x_TH, gate, up, down, ids, weights_TK, pairs.order, pairs.offsets, activation, among=among
+        )
+    pairs = sort_pairs(ids, experts, run_for(ids.numel(), among))
     return routed_experts_grouped(x_TH, gate, up, down, ids, weights_TK, pairs, activation)
+
+
+def choose_kernel(rows: int, pairs: int, experts: int) -> Literal["pairs", "grouped", "many"]:
+    """`experts`: those that the pairs are spread over."""
+    if rows == 1 or pairs <= MOST_PAIRS_APART * experts:
+        return "pairs"
+    return "many" if pairs > MOST_PAIRS_GROUPED * experts else "grouped"
 
 
 def routed_experts_twin(

@@ -4,7 +4,17 @@ from pathlib import Path
 
 import model_checks as checks
 import pytest
+import torch
 from model_checks import every_expert_chosen, tiny_model
+
+from moe_nvfp4.checkpoint import Checkpoint
+from moe_nvfp4.expert_buffers import ExpertBuffers, num_experts
+from moe_nvfp4.models import Parts
+from moe_nvfp4.models.moe import RoutedExperts
+from moe_nvfp4.parallel import ALONE
+from moe_nvfp4.routing.placement import Placement
+from moe_nvfp4.routing.tables import PlacementTables
+from moe_nvfp4.survey import survey_checkpoint
 
 PAIRS = {
     "qwen3_moe": ("nvidia/Qwen3-30B-A3B-NVFP4", "RedHatAI/Qwen3-30B-A3B-NVFP4"),
@@ -76,3 +86,21 @@ def test_graphs_give_the_tokens_of_eager_steps(shaped: Path) -> None:
 @pytest.mark.gpu
 def test_sizes_that_no_kernel_takes_run_all_the_same(smooth: Path) -> None:
     checks.check_bfloat16(smooth, "cuda")
+
+
+def test_experts_know_how_many_there_are_on_all_ranks(plain: Path) -> None:
+    """The choice of a kernel counts pairs to an expert, and most pairs may belong to experts of other ranks."""
+    with Checkpoint.open(plain) as checkpoint:
+        found = survey_checkpoint(checkpoint)
+        count, layer = num_experts(found.layout), min(found.experts)
+        placement = Placement.even(found.experts, count, 2).with_replicas(1)
+        experts = ExpertBuffers.load(checkpoint, found, device="cpu", placement=placement, rank=1, progress=False)
+    parts = Parts(
+        weights={},
+        experts=experts,
+        dispatcher=ALONE.dispatcher(PlacementTables(Placement.even(found.experts, count), 0, torch.device("cpu"))),
+        dtype=torch.float32,
+        fast=False,
+    )
+    routed = RoutedExperts.of(parts, layer, "silu")
+    assert routed.among == count + 2 and routed.experts.up.shape[0] == count - count // 2 + 1

@@ -282,4 +282,4 @@ def _attention(config: Gemma4Config, parts: Parts, index: int) -> Attention:
 
 def _routed(parts: Parts, index: int, expert_scale: torch.Tensor, activation: str) -> RoutedExperts:
     parts.experts.scale_down(index, expert_scale)
-    return RoutedExperts(index, parts.experts.layers[index], parts.dispatcher, activation)
+    return RoutedExperts.of(parts, index, activation)

@@ -37,11 +37,19 @@ class RoutedExperts:
     experts: LayerExperts
     dispatcher: Dispatcher
     activation: str
+    among: int  # experts of the layer on all ranks, replicas counted
+
+    @classmethod
+    def of(cls, parts: Parts, layer: int, activation: str) -> "RoutedExperts":
+        among = sum(map(len, parts.experts.placement.slots[layer]))
+        return cls(layer, parts.experts.layers[layer], parts.dispatcher, activation, among)
 
     def forward(self, x_TH: torch.Tensor, routes: Routes, step: StepRows | None) -> torch.Tensor:
         rows_TH, (ids_TK, weights_TK), handle = self.dispatcher.dispatch(self.layer, x_TH, routes, step)
         if self.experts.up.shape[0]:
-            y_TH = routed_experts(rows_TH, *self.experts.projections, ids_TK, weights_TK, self.activation)
+            y_TH = routed_experts(
+                rows_TH, *self.experts.projections, ids_TK, weights_TK, self.activation, among=self.among
+            )
         else:  # this rank has none of the layer's experts
             y_TH = torch.zeros_like(rows_TH)
         return self.dispatcher.combine(y_TH, handle)

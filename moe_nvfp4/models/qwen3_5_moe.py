@@ -287,7 +287,7 @@ def _delta_net(parts: Parts, at: str) -> DeltaNet:
 
 def _moe(config: Qwen35MoeConfig, parts: Parts, index: int, at: str) -> MoE:
     router, gate = parts.plain(at + "gate.weight"), parts.plain(at + "shared_expert_gate.weight")
-    routed = RoutedExperts(index, parts.experts.layers[index], parts.dispatcher, config.activation)
+    routed = RoutedExperts.of(parts, index, config.activation)
     if parts.experts.placement.num_experts > config.num_experts:
         return MoE(torch.cat((router, gate)), routed, config.experts_per_token, None, None)
     shared = GatedMLP.of(parts, at + "shared_expert.", config.activation)

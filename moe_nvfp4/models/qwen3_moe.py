@@ -205,7 +205,7 @@ def _layer(config: Qwen3MoeConfig, parts: Parts, index: int) -> Layer:
         if index in config.dense_layers
         else MoE(
             parts.plain(mlp + "gate.weight"),
-            RoutedExperts(index, parts.experts.layers[index], parts.dispatcher, config.activation),
+            RoutedExperts.of(parts, index, config.activation),
             config.experts_per_token,
             config.normalise_weights,
         ),

@@ -7,7 +7,7 @@ import torch
 from expert_cases import Case, make
 
 from moe_nvfp4.kernels.nvfp4 import TOLERANCE, NVFP4Tensor, dequantize, quantize, relative_error
-from moe_nvfp4.kernels.routed_experts import routed_experts, routed_experts_twin
+from moe_nvfp4.kernels.routed_experts import choose_kernel, routed_experts, routed_experts_twin
 
 HIDDEN, INNER, EXPERTS = 64, 48, 6
 
@@ -105,6 +105,28 @@ def test_global_scales_of_gate_and_up_stay_apart() -> None:
     merged = torch.maximum(gate.global_scale, up.global_scale)
     wrong = run(x, [gate._replace(global_scale=merged), up._replace(global_scale=merged), down], ids, weights, "silu")
     assert relative_error(wrong, right) > 10 * TOLERANCE["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "kernel"), [(1, "pairs"), (8, "pairs"), (9, "grouped"), (352, "grouped"), (353, "many")]
+)
+def test_choice_of_a_kernel(rows: int, kernel: str) -> None:
+    """256 experts, of which a row takes 8."""
+    assert choose_kernel(rows, 8 * rows, 256) == kernel
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [5, 33, 65, 200, 700])
+def test_a_part_of_the_experts(rows: int) -> None:
+    """Four of sixteen, as on one of four ranks: whichever kernel a hint leads to, it gives the same."""
+    inputs = make(Case(16, 4, 256, 128, rows), "cuda")
+    here = inputs.ids < 4
+    ids = torch.where(here, inputs.ids, -1)
+    parts = [type(one)(*(part[:4].contiguous() for part in one)) for one in (inputs.gate, inputs.up, inputs.down)]
+    weights = [type(one)(*(part[:4].contiguous() for part in one)) for one in inputs.fragments()]
+    twin = routed_experts_twin(inputs.x, *parts, ids, inputs.weights)
+    for among in (None, 16):
+        assert relative_error(routed_experts(inputs.x, *weights, ids, inputs.weights, among=among), twin) < 1e-2
 
 
 @pytest.mark.gpu
