@@ -241,13 +241,15 @@ class Engine:
         try:
             self._advance(flight, token_ids, peaks, given)
         finally:
+            if given:
+                self.counters.last_token = time.monotonic()
             hand_out(given)
-        if given:
-            self.counters.last_token = time.monotonic()
 
     def _advance(
         self, flight: Flight, token_ids: list[int], peaks: list[float], given: list[tuple[Sink, Increment | Exception]]
     ) -> None:
+        """Adds to `given` row by row: an answer that is complete is nobody's any more, and must be handed out even if
+        a row after it fails."""
         for row, rows in enumerate(flight.step.rows):
             sequence = rows.sequence
             if not rows.samples:
