@@ -138,7 +138,7 @@ def _tile_shape(mean_rows: float, wgmma: bool) -> tuple[int, int]:
     return (32, 4) if mean_rows <= 40 else (64, 4) if mean_rows <= 80 else (128, 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "max_tiles"])
 def arrange(
     x_ptr, arranged_ptr, offsets_ptr, table_ptr, num_rows, hidden, num_experts, max_tiles,
     TILES: tl.constexpr, EXPERTS: tl.constexpr, BN: tl.constexpr, COUNT: tl.constexpr, BLOCKS: tl.constexpr,
@@ -255,7 +255,7 @@ def _store_h_tl(
     tl.store(h_ptr + (begin + n).to(tl.int64)[None, :] * COLUMNS + to[:, None], h.to(tl.bfloat16), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles"])
 def gate_up_plain(
     x_ptr, gate_w, gate_s, gate_g, up_w, up_s, up_g, order_ptr, table_ptr, h_ptr, max_tiles,
     TOP: tl.constexpr, STRIPS: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr,
@@ -285,7 +285,7 @@ def gate_up_plain(
             _store_h_tl(activate_tl(q, q, KIND), q_strip, h_ptr, begin, count, STRIPS, COLUMNS, W, BN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles"])
 def down_plain(
     h_ptr, down_w, down_s, down_g, order_ptr, table_ptr, y_ptr, max_tiles,
     STRIPS: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr, W: tl.constexpr, BN: tl.constexpr,

@@ -226,7 +226,7 @@ def _gate_up_tile(
         _store_h_gl(activate_gl(q, q, KIND), q_strip, h_ptr, begin, count, STRIPS, COLUMNS, W, N)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["max_tiles"])
 def gate_up_wgmma(
     x_ptr, gate_w, gate_s, gate_g, up_w, up_s, up_g, order_ptr, table_ptr, h_ptr, max_tiles,
     TOP: gl.constexpr, STRIPS: gl.constexpr, TILES: gl.constexpr, COLUMNS: gl.constexpr, GATED: gl.constexpr,
@@ -279,7 +279,7 @@ def _down_tile(
     gl.store(to + 16 * W, gl.convert_layout((q * scale).to(gl.bfloat16), L), mask=live & (m + 16 * W < COLUMNS))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["max_tiles"])
 def down_wgmma(
     h_ptr, down_w, down_s, down_g, order_ptr, table_ptr, y_ptr, max_tiles,
     STRIPS: gl.constexpr, TILES: gl.constexpr, COLUMNS: gl.constexpr, W: gl.constexpr, BN: gl.constexpr,

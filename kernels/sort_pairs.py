@@ -1,6 +1,9 @@
 """Pairs (row, choice) grouped by expert. Up to 4096 pairs a program for each expert looks at all ids; beyond, blocks of
 pairs are counted, and a second launch adds the counts up and writes the order.
 
+Counts are not specialised, here and wherever they depend on the rows of a step: a kernel would be compiled once more
+for numbers that divide by 16, or are 1, while requests wait.
+
 A run is some adjacent pairs of one expert: a program of a kernel that reads weights. An expert with many pairs is many
 runs, so that none takes long.
 
@@ -94,7 +97,7 @@ def _count_rows(padded: int) -> int:
     return max(1, 16384 // padded)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "num_runs"])
 def group_pairs(
     ids_ptr, order_ptr, offsets_ptr, runs_ptr, N, num_runs, run,
     E: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
@@ -138,7 +141,7 @@ def _store_summary(counts, offsets_ptr, runs_ptr, num_runs, run, E: tl.constexpr
         tl.store(runs_ptr + 2 * num_runs + first + e, tl.zeros((EP,), tl.int32), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "chunks"])
 def count_pairs(
     ids_ptr, counts_ptr, ranks_ptr, N, chunks,
     E: tl.constexpr, EP: tl.constexpr, B: tl.constexpr, PDL: tl.constexpr,
@@ -161,7 +164,7 @@ def count_pairs(
     tl.store(counts_ptr + tl.program_id(0) * EP + tl.arange(0, EP), counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "chunks", "blocks", "num_runs"])
 def scatter_pairs(
     ids_ptr, counts_ptr, ranks_ptr, order_ptr, offsets_ptr, runs_ptr, N, chunks, blocks, num_runs, run,
     E: tl.constexpr, EP: tl.constexpr, B: tl.constexpr, BB: tl.constexpr, PDL: tl.constexpr,
