@@ -178,6 +178,8 @@ def draining_server(config: "uvicorn.Config", server: "Server") -> "uvicorn.Serv
             if self._drain is None and not server.draining:
                 self._loop.call_soon_threadsafe(self._begin, sig)
             else:
+                # What is cancelled now is uvicorn's own business, which it would log with tracebacks.
+                logging.getLogger("uvicorn.error").disabled = True
                 self.force_exit = self.should_exit = True
 
         def _begin(self, sig: int) -> None:

@@ -98,6 +98,8 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     place = [str(part) for part in problem["loc"][1:]]
     if problem["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {problem['ctx']['error']} at character {place[0]}")
+    if problem["type"] == "model_attributes_type" and not place:
+        return ApiError(400, "the body is not a JSON object; send one, with Content-Type: application/json")
     name = problem["ctx"]["name"] if problem["type"] == "refused" else ".".join(place)[:200] or None
     reason = str(problem["msg"]).removeprefix("Value error, ")[:500]
     return ApiError(400, f"{name or 'body'}: {reason}", param=name, code="invalid_value")

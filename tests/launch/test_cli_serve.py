@@ -71,6 +71,8 @@ def test_a_second_signal_ends_it_at_once() -> None:
         until(lambda: httpx.get(f"{url}/ready").status_code == 503)
         server.send_signal(signal.SIGINT)
         server.wait(10)
+        assert server.stderr is not None
+        assert "Traceback" not in server.stderr.read()
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,13 @@ def test_a_body_that_is_too_large(served: Serving) -> None:
     assert error_of(response, 413)["code"] == "body_too_large"
 
 
+@pytest.mark.parametrize("content", [b'{"model": "demo", "prompt": "x"}', b"[]"])
+def test_a_body_that_is_no_json_object(served: Serving, content: bytes) -> None:
+    kind = {"Content-Type": "application/json"} if content == b"[]" else {}
+    response = httpx.post(served.url + COMPLETIONS, content=content, headers=kind)
+    assert "Content-Type: application/json" in error_of(response, 400)["message"]
+
+
 def test_a_body_that_does_not_come(served: Serving) -> None:
     with socket.create_connection(served.listener.getsockname()) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
