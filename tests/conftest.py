@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may use the network
 
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ import torch
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("fixed")
+
+# A shell makes what it starts in the background ignore interrupts, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 KERNEL_TESTS = Path(__file__).parent / "kernels"
 FLOAT_POISON = 0xFF  # every byte 0xFF is NaN in fp64, fp32, fp16, bf16, e4m3fn, e5m2 and e8m0
