@@ -1,4 +1,4 @@
-"""Operands of `mma.m16n8k16` from fragments: weights decoded in registers, activations as eight columns."""
+"""Weights as operands of matrix products: fragments decoded in registers."""
 
 import torch
 from triton import constexpr_function
@@ -63,63 +63,8 @@ def word_layout(W, KT):
 
 
 @constexpr_function
-def column_layout(W, KT):
-    """Of activations [8, KT, 4, 16]: lane (n, c) holds sixteen adjacent values of KT tiles of column n."""
-    return gl.BlockedLayout([1, KT, 1, 16], [8, 1, 4, 1], [W, 1, 1, 1], [3, 2, 1, 0])
-
-
-@constexpr_function
 def only_dim(layout, rank, dim):
     """The layout of one dimension of a tensor."""
     for other in reversed([d for d in range(rank) if d != dim]):
         layout = gl.SliceLayout(other, layout)
     return layout
-
-
-@constexpr_function
-def warps(W, KT):
-    return only_dim(gl.SliceLayout(4, word_layout(W, KT)), 4, 0)
-
-
-@constexpr_function
-def columns(W, KT):
-    return only_dim(column_layout(W, KT), 4, 0)
-
-
-@gluon.jit
-def load_tiles(words_ptr, pairs_ptr, tiles, live, W: gl.constexpr, KT: gl.constexpr):
-    """Words and scale pairs of tiles[w] + kt, for kt below live[w]; zero for the others. Both in `warps(W, KT)`."""
-    L: gl.constexpr = word_layout(W, KT)
-    S: gl.constexpr = gl.SliceLayout(4, L)
-    kt = gl.arange(0, KT, only_dim(S, 4, 1))
-    r = gl.arange(0, 8, only_dim(S, 4, 2))
-    c = gl.arange(0, 4, only_dim(S, 4, 3))
-    j = gl.arange(0, 4, only_dim(L, 5, 4))
-    lane = (r * 4)[None, None, :, None] + c[None, None, None, :]
-    pair_at = (tiles[:, None, None, None] + kt[None, :, None, None]) * 32 + lane
-    mask = (kt[None, :, None, None] < live[:, None, None, None]) & (lane >= 0)
-    word_at = gl.expand_dims(pair_at, 4) * 4 + j[None, None, None, None, :]
-    words = gl.load(words_ptr + word_at, mask=gl.expand_dims(mask, 4) & (j[None, None, None, None, :] >= 0), other=0)
-    return words, gl.load(pairs_ptr + pair_at, mask=mask, other=0)
-
-
-@gluon.jit
-def load_columns(x_ptr, starts, live, W: gl.constexpr, KT: gl.constexpr, B: gl.constexpr):
-    """[64 KT, 8] for the other operand: column n holds 64 KT values from x_ptr + starts[n], in fragment order.
-
-    `starts` and `live` are in `columns(W, KT)`.
-    """
-    L: gl.constexpr = column_layout(W, KT)
-    kt = gl.arange(0, KT, only_dim(L, 4, 1))
-    c = gl.arange(0, 4, only_dim(L, 4, 2))
-    e = gl.arange(0, 16, only_dim(L, 4, 3))
-    at = (
-        starts[:, None, None, None]
-        + (kt * 64)[None, :, None, None]
-        + (c * 16)[None, None, :, None]
-        + e[None, None, None, :]
-    )
-    mask = (kt[None, :, None, None] < live[:, None, None, None]) & (at >= 0)
-    x = gl.load(x_ptr + at, mask=mask, other=0.0)
-    x = gl.permute(gl.reshape(x, (8, KT, 4, 4, 2, 2)), (1, 3, 4, 2, 5, 0))  # kt, j, i2, c, i0, n
-    return gl.convert_layout(gl.reshape(x, (64 * KT, 8)), B, assert_trivial=True)
