@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from moe_nvfp4.errors import EngineError, RequestError
 
@@ -61,6 +61,21 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         kind = float if name.endswith("seconds") else int
         parser.add_argument(f"--{name}", type=kind, metavar="N", help=text)
     parser.set_defaults(run=_serve)
+
+
+def engine_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """For `MoERunner.prepare`, but for the device."""
+    return {
+        "dtype": arguments.dtype,
+        "max_batch_size": arguments.max_batch_size,
+        "max_seq_len": arguments.max_seq_len,
+        "max_waiting": arguments.max_waiting,
+        "kv_dtype": arguments.kv_dtype,
+        "cuda_graphs": not arguments.eager,
+        "count_experts": arguments.count_experts,
+        "warm_up": True,
+        "verbose": not arguments.quiet,
+    }
 
 
 def names_and_settings(arguments: argparse.Namespace) -> tuple[list[str], "ServerSettings"]:
@@ -133,19 +148,7 @@ async def _run(
     async with AsyncExitStack() as stack:
         runners = {}
         for name, path in zip(names, arguments.model, strict=True):
-            runner = await AsyncMoERunner.from_pretrained(
-                path,
-                device=arguments.device,
-                dtype=arguments.dtype,
-                max_batch_size=arguments.max_batch_size,
-                max_seq_len=arguments.max_seq_len,
-                max_waiting=arguments.max_waiting,
-                kv_dtype=arguments.kv_dtype,
-                cuda_graphs=not arguments.eager,
-                count_experts=arguments.count_experts,
-                warm_up=True,
-                verbose=not arguments.quiet,
-            )
+            runner = await AsyncMoERunner.from_pretrained(path, device=arguments.device, **engine_settings(arguments))
             runners[name] = await stack.enter_async_context(runner)
         app = create_app(runners, settings)
         server: Server = app.state.server

@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from moe_nvfp4.tokenizer import Tokenizer
 PATIENCE = 0.05  # seconds in which a refusal by the engine still becomes a status instead of an event
 
 
-class Reply:
+class Reply(ABC):
     """The answers to one request in the making. Subclasses have the two forms of the API."""
 
     prefix: ClassVar[str]
@@ -35,17 +36,17 @@ class Reply:
         self.reused_tokens = self.reasoning_tokens = 0
         self._head = f'data: {compact(self._envelope(self.chunk_name))[:-1]},"choices":['
 
+    @abstractmethod
     def opening(self) -> list[dict[str, Any]]:
         """Choices of the first chunks, before any token."""
-        raise NotImplementedError
 
+    @abstractmethod
     def push(self, increment: Increment) -> list[dict[str, Any]]:
         """Choices of the chunks that an increment gives."""
-        raise NotImplementedError
 
+    @abstractmethod
     def choices(self) -> list[dict[str, Any]]:
         """All answers, complete."""
-        raise NotImplementedError
 
     def count(self, increment: Increment) -> None:
         self.new_tokens += len(increment.token_ids)

@@ -16,7 +16,7 @@ from typing import Literal
 from moe_nvfp4.errors import EngineError, RequestError
 from moe_nvfp4.launch.cli import guarded
 from moe_nvfp4.launch.cli_group import add_group_options
-from moe_nvfp4.launch.cli_serve import add_serve, names_and_settings
+from moe_nvfp4.launch.cli_serve import add_serve, engine_settings, names_and_settings
 
 BEYOND_REQUESTS = 30.0  # seconds that a proxy waits longer than a replica does
 
@@ -53,17 +53,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     settings = ReplicaSettings(
         models=dict(zip(names, arguments.model, strict=True)),
         server=server,
-        engine={
-            "dtype": arguments.dtype,
-            "max_batch_size": arguments.max_batch_size,
-            "max_seq_len": arguments.max_seq_len,
-            "max_waiting": arguments.max_waiting,
-            "kv_dtype": arguments.kv_dtype,
-            "cuda_graphs": not arguments.eager,
-            "count_experts": arguments.count_experts,
-            "warm_up": True,
-            "verbose": not arguments.quiet,
-        },
+        engine=engine_settings(arguments),
         group=GroupSettings(
             gpus=arguments.gpus or 1,
             device=device,

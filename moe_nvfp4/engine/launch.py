@@ -48,7 +48,7 @@ def launch(stepper: Stepper, step: Step, answers: Sequence[Answer], vocab_size: 
 
 
 def _token_ids(rows: Rows) -> Sequence[int]:
-    """None for a row that takes the token which its slot has given last."""
+    """Empty for a row that takes the token which its slot has given last."""
     return () if rows.continues else rows.sequence.tokens[rows.start : rows.start + rows.count]
 
 
