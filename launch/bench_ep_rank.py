@@ -17,7 +17,7 @@ from typing import Any, Final, TypedDict
 import torch
 import torch.distributed as dist
 
-from moe_nvfp4.engine.stepper import DecodeRow
+from moe_nvfp4.engine.step_buffers import DecodeRow
 from moe_nvfp4.errors import EngineError, MoeNvfp4Error
 from moe_nvfp4.launch.bench_exchanges import CountedCollectives, exchange_table, exchanges_of_a_step, time_exchanges
 from moe_nvfp4.launch.bench_model import (

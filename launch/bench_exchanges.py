@@ -14,7 +14,8 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from moe_nvfp4.engine.stepper import DecodeRow, Stepper, WholeStep
+from moe_nvfp4.engine.step_buffers import DecodeRow
+from moe_nvfp4.engine.stepper import Stepper, WholeStep
 from moe_nvfp4.launch.bench_timing import graph_time
 from moe_nvfp4.routing.collectives import Collectives
 from moe_nvfp4.runner import MoERunner

@@ -17,7 +17,8 @@ import torch
 
 from moe_nvfp4.batch import Piece
 from moe_nvfp4.engine.lease import Lease
-from moe_nvfp4.engine.stepper import DecodeRow, WholeStep
+from moe_nvfp4.engine.step_buffers import DecodeRow
+from moe_nvfp4.engine.stepper import WholeStep
 from moe_nvfp4.errors import RequestError
 from moe_nvfp4.launch.step_bytes import step_bytes
 from moe_nvfp4.launch.step_explanation import STEPS as EXPLAINED_STEPS

@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from moe_nvfp4.engine.stepper import DecodeRow
+from moe_nvfp4.engine.step_buffers import DecodeRow
 from moe_nvfp4.runner import MoERunner
 
 STEPS: Final = 3

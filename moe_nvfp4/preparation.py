@@ -151,6 +151,9 @@ class Preparation:
             rows *= self.ranks.size
         logits = 3 * slots * config.vocab_size * 4  # as the model gives them, in float32, and while sampling
         penalties = (slots + 1) * config.vocab_size * BYTES_PER_TOKEN
+        scratch = config.workspace_bytes(rows, self.dtype.itemsize)
+        if self.fast:  # row graphs have memory of their own
+            scratch *= 2
         plan = plan_memory(
             self.found,
             self.placement,
@@ -159,7 +162,7 @@ class Preparation:
             cache=config.cache_spec,
             settings=self.cache_settings,
             snapshots=min(slots, MAX_SNAPSHOTS) if self.prefix_reuse and config.cache_spec.delta else 0,
-            workspace=config.workspace_bytes(rows, self.dtype.itemsize) + logits + penalties,
+            workspace=scratch + logits + penalties,
             cuts=self._cuts,
             agree=self.ranks.least,  # all ranks plan the same steps
         )

@@ -49,11 +49,12 @@ class MoERunner(Frontend):
             buckets=prepared.buckets,
             graphs=prepared.cuda_graphs,
             verbose=prepared.verbose,
+            fill_rows=prepared.step_rows if prepared.fast else 0,
             ranks=prepared.ranks,
             count_rows=prepared.count_experts,
         )
         if prepared.warm_up:
-            warm_up(self.stepper, prepared.step_rows, prepared.cache_settings.chunk, prepared.verbose)
+            warm_up(self.stepper, prepared.step_rows, prepared.verbose)
             self.experts.tables.forget_counts()
         self.engine: Engine = Engine(
             self.stepper,

@@ -19,7 +19,8 @@ from moe_nvfp4.cache import SequenceCache
 from moe_nvfp4.engine import scheduler
 from moe_nvfp4.engine.data_parallel import scheduler_of
 from moe_nvfp4.engine.launch import launch
-from moe_nvfp4.engine.stepper import DecodeRow, Stepper
+from moe_nvfp4.engine.step_buffers import DecodeRow
+from moe_nvfp4.engine.stepper import Stepper
 from moe_nvfp4.errors import MoeNvfp4Error
 from moe_nvfp4.generation import Answer
 from moe_nvfp4.memory import MemoryPlan

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from moe_nvfp4.batch import Piece
 from moe_nvfp4.engine.data_parallel import GroupStep
 from moe_nvfp4.engine.scheduler import Rows, Step
-from moe_nvfp4.engine.stepper import DecodeRow, Stepper, StepResult, WholeStep
+from moe_nvfp4.engine.step_buffers import DecodeRow
+from moe_nvfp4.engine.stepper import Stepper, StepResult, WholeStep
 from moe_nvfp4.generation import Answer
 from moe_nvfp4.grammar import TokenMasks
 

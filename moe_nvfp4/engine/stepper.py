@@ -11,7 +11,6 @@ sequences of its own, every rank brings as many rows, padding included, and lear
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,13 +18,16 @@ from torch.nn import functional as F
 
 from moe_nvfp4.batch import Batch, Piece
 from moe_nvfp4.cache import SequenceCache
+from moe_nvfp4.engine.compile_ahead import compile_ahead
 from moe_nvfp4.engine.penalties import Penalties
+from moe_nvfp4.engine.step_buffers import DecodeRow, StepBuffers
 from moe_nvfp4.grammar import TokenMasks
-from moe_nvfp4.kernels.rows import Rows, upload
+from moe_nvfp4.kernels.rows import upload
 from moe_nvfp4.kernels.sample import Logprobs, Sampled, SamplingRows, logprobs, sample
 from moe_nvfp4.models import Model
 from moe_nvfp4.parallel import ALONE, Ranks
 from moe_nvfp4.routing.dispatch import StepRows
+from moe_nvfp4.row_graphs import RowGraphs, RowGraphsBySize
 from moe_nvfp4.sampling import Sampler, SamplingParams, sampling_rows
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -34,14 +36,6 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384
 def buckets_up_to(max_rows: int) -> list[int]:
     """The largest batch gets a bucket of its own size."""
     return [*(size for size in BUCKETS if size < max_rows), max_rows]
-
-
-class DecodeRow(NamedTuple):
-    """The next token of a sequence: the one it got last goes to `position` of its slot."""
-
-    slot: int
-    position: int
-    params: SamplingParams
 
 
 class WholeStep(NamedTuple):
@@ -71,72 +65,9 @@ class StepResult(NamedTuple):
         return [token_ids[index] for index in self.order], [peaks[index] for index in self.order]
 
 
-@dataclass(slots=True)
-class StepBuffers:
-    """Inputs and outputs of the decode steps of one bucket. All inputs lie in one tensor and travel in one copy; a step
-    leaves there the inputs of the next one, if the same sequences go on."""
-
-    flat: torch.Tensor  # int32 [fields, rows]
-    rows: Rows
-    sampling: SamplingRows
-    step: StepRows | None = None
-    next_rows: list[DecodeRow] | None = None  # for which the inputs are there already
-    live: tuple[int, ...] = ()  # rows of each rank, likewise
-    graph: torch.cuda.CUDAGraph | None = None
-    sampled: Sampled | None = None  # [lines, rows]: of each rank that has sequences of its own, else of this one
-    logits: torch.Tensor | None = None
-
-    FIELDS = ("position", "length", "slot", "live", "top_k", "temperature", "top_p", "min_p", "uniform")
-    FIRST_FLOAT = 5
-
-    @classmethod
-    def new(cls, rows: int, device: torch.device, lines: int | None = None) -> "StepBuffers":
-        """`lines`: how many ranks bring rows of their own, where the steps are to say which rows count."""
-        flat = torch.zeros(len(cls.FIELDS), -(-rows // 4) * 4, dtype=torch.int32, device=device)
-        position, length, slot, _, top_k = (line[:rows] for line in flat[: cls.FIRST_FLOAT])
-        temperature, top_p, min_p, uniform = (line[:rows] for line in flat[cls.FIRST_FLOAT :].view(torch.float32))
-        every = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        return cls(
-            flat,
-            Rows(position, slot, slot, every, length, decodes=rows, longest=1),
-            SamplingRows(temperature, top_k, top_p, min_p, uniform),
-            None if lines is None else StepRows(rows, torch.zeros(lines, dtype=torch.int32, device=device)),
-        )
-
-    def fill(self, rows: Sequence[DecodeRow], spare_slot: int) -> None:
-        """Overwrites the inputs, in the order of the stream."""
-        width = self.flat.shape[1]
-        padding = width - len(rows)
-        ints = [
-            [row.position for row in rows] + [0] * padding,
-            [row.position + 1 for row in rows] + [1] * padding,
-            [row.slot for row in rows] + [spare_slot] * padding,
-            [1] * len(rows) + [0] * padding,
-            [min(row.params.top_k, 2**31 - 1) for row in rows] + [0] * padding,
-        ]
-        floats = [
-            [row.params.temperature for row in rows] + [0.0] * padding,
-            [row.params.top_p for row in rows] + [1.0] * padding,
-            [row.params.min_p for row in rows] + [0.0] * padding,
-            [0.0] * width,
-        ]
-        values = torch.cat((torch.tensor(ints, dtype=torch.int32), torch.tensor(floats).view(torch.int32)))
-        self._copy(self.flat, values)
-
-    def set_live(self, live: tuple[int, ...]) -> None:
-        if self.step is not None and self.live != live:
-            self._copy(self.step.live_G, torch.tensor(live, dtype=torch.int32))
-            self.live = live
-
-    def set_uniforms(self, uniforms: Sequence[float]) -> None:
-        self._copy(self.sampling.uniform[: len(uniforms)], torch.tensor(uniforms))
-
-    def _copy(self, target: torch.Tensor, values: torch.Tensor) -> None:
-        target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)
-
-
 class Stepper:
-    """Batches of decode steps are filled up to one of `buckets`. `graphs`: captures them when it is built.
+    """Batches of decode steps are filled up to one of `buckets`, and so are the rows of steps with prompts, up to
+    `fill_rows` of them. `graphs`: captures those of decode steps when it is built, the others when they are needed.
     `count_rows`: somebody counts rows, and must know which of them fill up."""
 
     def __init__(
@@ -148,6 +79,7 @@ class Stepper:
         buckets: Sequence[int],
         graphs: bool,
         verbose: bool,
+        fill_rows: int = 0,
         ranks: Ranks = ALONE,
         count_rows: bool = False,
     ):
@@ -158,6 +90,8 @@ class Stepper:
         self.penalties = Penalties(cache.slots, device)
         self.last_tokens = torch.zeros(cache.slots + 1, dtype=torch.int32, device=device)
         self._buffers: dict[int, StepBuffers] = {}
+        lines = self._lines if self._tells_rows else None
+        self.row_graphs = RowGraphsBySize(fill_rows, device, graphs=graphs, lines=lines) if fill_rows else None
         if graphs:
             self._capture_all(verbose)
 
@@ -218,7 +152,7 @@ class Stepper:
         if not pieces:  # other ranks have some
             pieces, samplers = [Piece(self.cache.spare_slot, 0, (0,))], [None]
         known = [p if p.token_ids else p._replace(token_ids=(0,)) for p in pieces]
-        batch = Batch.of(known, self.device, self._step_rows(known, whole))
+        batch = self._batch(known, whole)
         continued = [index for index, piece in enumerate(pieces) if not piece.token_ids]
         if continued:
             places, slots = upload([continued, [pieces[index].slot for index in continued]], self.device)
@@ -237,13 +171,19 @@ class Stepper:
             self.last_tokens.index_copy_(0, lines.long(), sampled.token_ids[self._line][places])
         return self._results(sampled, logits, top_logprobs, count, whole)
 
-    def _step_rows(self, pieces: Sequence[Piece], whole: WholeStep | None) -> StepRows | None:
-        if not self._tells_rows:
-            return None
+    def _batch(self, pieces: Sequence[Piece], whole: WholeStep | None) -> Batch:
         alike = (sum(len(piece.token_ids) for piece in pieces),) * self._lines
-        live = alike if whole is None else whole.tokens
-        (live_G,) = upload([live], self.device)
-        return StepRows(max(live), live_G)
+        rows = alike if whole is None else whole.tokens  # of each rank
+        graphs = None if self.row_graphs is None else self.row_graphs.of(max(rows))
+        step = self._step_rows(rows, graphs) if self._tells_rows else None
+        return Batch.of(pieces, self.device, step, graphs)
+
+    def _step_rows(self, rows: Sequence[int], graphs: RowGraphs | None) -> StepRows:
+        (live_G,) = upload([rows], self.device)
+        if graphs is None or graphs.step is None:
+            return StepRows(max(rows), live_G)
+        graphs.step.live_G.copy_(live_G)
+        return graphs.step
 
     def _share(self, sampled: Sampled, size: int) -> Sampled:
         """[lines, size] of what all ranks go on with."""
@@ -306,6 +246,9 @@ class Stepper:
     @torch.inference_mode()
     def _capture_all(self, verbose: bool) -> None:
         began, pool = time.perf_counter(), torch.cuda.graph_pool_handle()
+        if self.ranks.size == 1:  # what ranks exchange must have one order
+            rows = self.buckets[-1]
+            compile_ahead(self.model, self.cache, self.device, decodes=self.buckets, rows_at_once=2 * rows)
         for size in reversed(self.buckets):  # the largest first: the others fit in its memory
             buffers = self._buffers[size] = self._new_buffers(size)
             buffers.fill([], self.cache.spare_slot)

@@ -1,7 +1,7 @@
-"""Steps of prompts of every size, once, so that no request has to wait until a kernel for its size is compiled.
+"""Steps of prompts of every size, once, so that no request has to wait until what serves its size is there.
 
-Which kernel serves a step depends on its number of rows; the decode graphs have compiled those of decode steps. An
-empty kernel cache costs some seconds here, a filled one some tenths. Everything goes to the cache's spare slot.
+Which kernels serve a step depends on its number of rows, and each number has graphs (see row_graphs.py); the decode
+graphs have compiled those of decode steps. Everything goes to the cache's spare slot.
 """
 
 import sys
@@ -10,33 +10,49 @@ import time
 import torch
 
 from moe_nvfp4.batch import Piece
+from moe_nvfp4.cache import SequenceCache
+from moe_nvfp4.engine.compile_ahead import compile_ahead
 from moe_nvfp4.engine.stepper import Stepper, WholeStep
 from moe_nvfp4.sampling import Sampler, SamplingParams
 
 
-def warm_up(stepper: Stepper, step_rows: int, chunk: int, verbose: bool) -> None:
-    began = time.perf_counter()
-    for rows in _sizes(step_rows):
-        _step(stepper, rows, chunk, SamplingParams())
+def warm_up(stepper: Stepper, step_rows: int, verbose: bool) -> None:
+    began, sizes = time.perf_counter(), _sizes(stepper, step_rows)
+    if stepper.ranks.size == 1:  # what ranks exchange must have one order
+        counts = [prompt_rows(stepper.cache, rows) for rows in sizes]
+        compile_ahead(stepper.model, stepper.cache, stepper.device, prompts=counts, rows_at_once=step_rows)
+    for rows in sizes:
+        _step(stepper, rows, SamplingParams())
+        if verbose:
+            seconds = time.perf_counter() - began
+            print(f"\rsteps with prompts: {rows:>5} rows {seconds:6.1f} s", end="", file=sys.stderr, flush=True)
     for params in (SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_k=20, top_p=0.9)):
-        _step(stepper, 16, chunk, params)
+        _step(stepper, 16, params)
     if verbose:
-        print(f"kernels for prompts: {time.perf_counter() - began:.1f} s", file=sys.stderr)
+        print(f"\rsteps with prompts of up to {step_rows} rows: {time.perf_counter() - began:.1f} s", file=sys.stderr)
 
 
-def _sizes(most: int) -> list[int]:
-    """Powers of two and what lies between them: each range that a kernel's table of choices tells apart."""
+def _sizes(stepper: Stepper, most: int) -> list[int]:
+    """Largest first: what it takes serves the others. Those with graphs, or each range that a kernel's table of
+    choices tells apart: powers of two and what lies between them."""
+    if stepper.row_graphs is not None:
+        return stepper.row_graphs.sizes[::-1]
     sizes = {2**n for n in range(1, 20)} | {3 * 2**n for n in range(1, 20)}
     return sorted({size for size in sizes if size < most} | {most}, reverse=True)
 
 
-def _step(stepper: Stepper, rows: int, chunk: int, params: SamplingParams) -> None:
-    """A third of the rows are next tokens, as beside answers that have begun; no prompt has more than `chunk`."""
-    spare = stepper.cache.spare_slot
-    counts, left = [1] * min(rows // 3, stepper.cache.slots), rows - min(rows // 3, stepper.cache.slots)
+def prompt_rows(cache: SequenceCache, rows: int) -> list[int]:
+    """Rows of each sequence of a step: a third are next tokens, as beside answers that have begun, and no prompt has
+    more than the cache takes in a step."""
+    counts, left = [1] * min(rows // 3, cache.slots), rows - min(rows // 3, cache.slots)
     while left:
-        counts.append(min(left, chunk, stepper.cache.settings.max_seq_len))
+        counts.append(min(left, cache.settings.chunk, cache.settings.max_seq_len))
         left -= counts[-1]
+    return counts
+
+
+def _step(stepper: Stepper, rows: int, params: SamplingParams) -> None:
+    spare, counts = stepper.cache.spare_slot, prompt_rows(stepper.cache, rows)
     pieces = [Piece(spare, 0, [0] * count) for count in counts]
     whole = None
     if stepper.ranks.splits_rows:

@@ -6,6 +6,7 @@ their norm. Letters: T rows, H hidden, N heads, G key-value heads, D head size.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -121,15 +122,15 @@ class Attention:
     inv_freq: torch.Tensor
     eps: float
 
-    def forward(self, x_TH: torch.Tensor, kv: PagedKV, rows: Rows) -> torch.Tensor:
+    def forward(self, qkv: torch.Tensor, kv: PagedKV, rows: Rows) -> torch.Tensor:
         kinds, shape = 2 if self.heads.has_v else 1, self.heads
-        qkv_TND = linear(x_TH, self.qkv).view(-1, shape.heads + kinds * shape.kv_heads, shape.head_dim)
+        qkv_TND = qkv.view(-1, shape.heads + kinds * shape.kv_heads, shape.head_dim)
         q_TND, k_TGD, *v = qkv_TND.split((shape.heads, *[shape.kv_heads] * kinds), dim=1)
         v_TGD = v[0] if v else k_TGD
         q_TND = norm_rope_store(
             q_TND, k_TGD, v_TGD, kv, rows, self.inv_freq, self.eps, self.q_norm, self.k_norm, norm_v=True
         )
-        return linear(paged_attention(q_TND, kv, rows, 1.0, window=self.window).flatten(1), self.o)
+        return paged_attention(q_TND, kv, rows, 1.0, window=self.window).flatten(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +160,10 @@ class Layer:
     post_mlp_norm: Norm
     scalar: torch.Tensor
 
-    def forward(
-        self, x_TH: torch.Tensor, normed_TH: torch.Tensor, next_norm: Norm, kv: PagedKV, batch: Batch
+    def after_attention(
+        self, x_TH: torch.Tensor, heads_TV: torch.Tensor, next_norm: Norm, step: StepRows | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        branch = [(self.attention.forward(normed_TH, kv, batch.rows), self.post_attention_norm)]
+        branch = [(linear(heads_TV, self.attention.o), self.post_attention_norm)]
         if self.moe is None:
             x_TH, (normed_TH,) = residual_norms(x_TH, branch, [self.mlp_norm])
             branch = [(self.mlp.forward(normed_TH), self.post_mlp_norm)]
@@ -174,7 +175,7 @@ class Layer:
         dense_TH, routed_TH = moe.beside.run(
             len(x_TH),
             lambda: self.mlp.forward(normed_TH),
-            lambda: moe.forward(for_router_TH, for_experts_TH, batch.step),
+            lambda: moe.forward(for_router_TH, for_experts_TH, step),
         )
         branches = [(dense_TH, moe.post_dense_norm), (routed_TH, moe.post_norm)]
         x_TH, (normed_TH,) = residual_norms(x_TH, branches, [next_norm], after=self.post_mlp_norm, scalar=self.scalar)
@@ -202,11 +203,29 @@ class Gemma4:
     def run_layers(
         self, x_TH: torch.Tensor, layers: range, batch: Batch, cache: SequenceCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        norms = [*(layer.input_norm for layer in self.layers), self.norm]
-        x_TH, (normed_TH,) = residual_norms(x_TH, [], [norms[layers.start]])
+        x_TH, (given,) = batch.each_row(layers.start, partial(self._first, layers), x_TH)
         for index in layers:
-            x_TH, normed_TH = self.layers[index].forward(x_TH, normed_TH, norms[index + 1], cache.kv[index], batch)
-        return x_TH, normed_TH
+            heads_TV = self.layers[index].attention.forward(given, cache.kv[index], batch.rows)
+            after = partial(self._after_attention, layers, index, batch.step)
+            x_TH, (given,) = batch.each_row(index + 1, after, x_TH, heads_TV)
+        return x_TH, given
+
+    def _first(self, layers: range, x_TH: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        x_TH, (normed_TH,) = residual_norms(x_TH, [], [self._norm_before(layers.start)])
+        return x_TH, [self._projected(layers, layers.start, normed_TH)]
+
+    def _after_attention(
+        self, layers: range, index: int, step: StepRows | None, x_TH: torch.Tensor, heads_TV: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        x_TH, normed_TH = self.layers[index].after_attention(x_TH, heads_TV, self._norm_before(index + 1), step)
+        return x_TH, [self._projected(layers, index + 1, normed_TH)]
+
+    def _norm_before(self, index: int) -> Norm:
+        return self.layers[index].input_norm if index < self.num_layers else self.norm
+
+    def _projected(self, layers: range, index: int, normed_TH: torch.Tensor) -> torch.Tensor:
+        """What a layer's attention takes; after the last of `layers` there is none."""
+        return linear(normed_TH, self.layers[index].attention.qkv) if index in layers else normed_TH
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = linear(hidden, self.head)

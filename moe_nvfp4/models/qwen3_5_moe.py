@@ -5,6 +5,7 @@ Text only. Letters: T rows, H hidden, N heads, G key-value heads, D head size.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -121,7 +122,7 @@ def config_of(config: Config) -> Qwen35MoeConfig:
 @dataclass(frozen=True, slots=True)
 class Attention:
     qkv: DenseWeight | Stacked  # rows of q: each head's query, then its gate
-    o: DenseWeight | Summed
+    out: DenseWeight | Summed
     q_norm: torch.Tensor
     k_norm: torch.Tensor
 
@@ -140,7 +141,7 @@ class Attention:
         q_TND = norm_rope_store(
             q_TND, k_TGD, v_TGD, kv, rows, inv_freq, config.eps, self.q_norm, self.k_norm, offset=True
         )
-        return linear(paged_attention(q_TND, kv, rows, dim**-0.5, gate_TND=gate_TND).flatten(1), self.o)
+        return paged_attention(q_TND, kv, rows, dim**-0.5, gate_TND=gate_TND).flatten(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,7 @@ class DeltaNet:
     ) -> torch.Tensor:
         channels, heads = config.delta.channels, config.delta.value_heads
         qkv_z, b_a = projected
-        y_TV = delta_net(
+        return delta_net(
             qkv_z[:, :channels],
             qkv_z[:, channels:],
             b_a[:, :heads],
@@ -169,7 +170,6 @@ class DeltaNet:
             rows,
             config.eps,
         )
-        return linear(y_TV, self.out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,19 +219,33 @@ class Qwen35Moe:
     def run_layers(
         self, x_TH: torch.Tensor, layers: range, batch: Batch, cache: SequenceCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        y_TH = None
+        x_TH, given = batch.each_row(layers.start, partial(self._into, layers, layers.start), x_TH)
         for index in layers:
-            layer = self.layers[index]
-            x_TH, projected = norm_linear(x_TH, y_TH, layer.mixer_norm, layer.mixer.projections)
-            if isinstance(layer.mixer, Attention):
-                y_TH = layer.mixer.forward(projected, cache.kv[index], batch.rows, self.inv_freq, self.config)
+            mixer = self.layers[index].mixer
+            if isinstance(mixer, Attention):
+                heads_TV = mixer.forward(given, cache.kv[index], batch.rows, self.inv_freq, self.config)
             else:
-                y_TH = layer.mixer.forward(projected, cache.states[index], batch.rows, self.config)
-            x_TH, (normed_TH,) = residual_norms(x_TH, [(y_TH, None)], [layer.mlp_norm])
-            y_TH = layer.moe.forward(normed_TH, batch.step)
-        norms = [*(layer.mixer_norm for layer in self.layers), self.norm]
-        x_TH, (normed_TH,) = residual_norms(x_TH, [] if y_TH is None else [(y_TH, None)], [norms[layers.stop]])
-        return x_TH, normed_TH
+                heads_TV = mixer.forward(given, cache.states[index], batch.rows, self.config)
+            after = partial(self._after_mixer, layers, index, batch.step)
+            x_TH, given = batch.each_row(index + 1, after, x_TH, heads_TV)
+        return x_TH, given[0]
+
+    def _after_mixer(
+        self, layers: range, index: int, step: StepRows | None, x_TH: torch.Tensor, heads_TV: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        layer = self.layers[index]
+        x_TH, (normed_TH,) = residual_norms(x_TH, [(linear(heads_TV, layer.mixer.out), None)], [layer.mlp_norm])
+        return self._into(layers, index + 1, x_TH, layer.moe.forward(normed_TH, step))
+
+    def _into(
+        self, layers: range, index: int, x_TH: torch.Tensor, y_TH: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The residual stream with one branch more, and what a layer's mixer takes of it; after the last of `layers`
+        the norm that follows."""
+        norm = self.layers[index].mixer_norm if index < self.num_layers else self.norm
+        if index in layers:
+            return norm_linear(x_TH, y_TH, norm, self.layers[index].mixer.projections)
+        return residual_norms(x_TH, [] if y_TH is None else [(y_TH, None)], [norm])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return linear(hidden, self.head)
@@ -265,7 +279,7 @@ def _layer(config: Qwen35MoeConfig, parts: Parts, index: int) -> Layer:
 def _attention(parts: Parts, at: str) -> Attention:
     return Attention(
         qkv=stack([parts.take(f"{at}{name}_proj.weight") for name in "qkv"], fast=parts.fast),
-        o=parts.from_heads(at + "o_proj.weight"),
+        out=parts.from_heads(at + "o_proj.weight"),
         q_norm=parts.plain(at + "q_norm.weight"),
         k_norm=parts.plain(at + "k_norm.weight"),
     )

@@ -5,6 +5,7 @@ Letters: T rows, H hidden, N heads, G key-value heads, D head size.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -115,7 +116,7 @@ class Attention:
         qkv_TND = qkv.view(-1, heads + 2 * kv_heads, dim)
         q_TND, k_TGD, v_TGD = qkv_TND.split((heads, kv_heads, kv_heads), dim=1)
         q_TND = norm_rope_store(q_TND, k_TGD, v_TGD, kv, rows, inv_freq, config.eps, self.q_norm, self.k_norm)
-        return linear(paged_attention(q_TND, kv, rows, dim**-0.5).flatten(1), self.o)
+        return paged_attention(q_TND, kv, rows, dim**-0.5).flatten(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,17 +160,32 @@ class Qwen3Moe:
     def run_layers(
         self, x_TH: torch.Tensor, layers: range, batch: Batch, cache: SequenceCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        y_TH = None
+        x_TH, (given,) = batch.each_row(layers.start, partial(self._into, layers, layers.start), x_TH)
         for index in layers:
-            layer = self.layers[index]
-            x_TH, (qkv,) = norm_linear(x_TH, y_TH, layer.attention_norm, [layer.attention.qkv])
-            y_TH = layer.attention.forward(qkv, cache.kv[index], batch.rows, self.inv_freq, self.config)
-            x_TH, (normed_TH,) = residual_norms(x_TH, [(y_TH, None)], [layer.mlp_norm])
-            mlp = layer.mlp
-            y_TH = mlp.forward(normed_TH, batch.step) if isinstance(mlp, MoE) else mlp.forward(normed_TH)
-        norms = [*(layer.attention_norm for layer in self.layers), self.norm]
-        x_TH, (normed_TH,) = residual_norms(x_TH, [] if y_TH is None else [(y_TH, None)], [norms[layers.stop]])
-        return x_TH, normed_TH
+            attention = self.layers[index].attention
+            heads_TV = attention.forward(given, cache.kv[index], batch.rows, self.inv_freq, self.config)
+            after = partial(self._after_attention, layers, index, batch.step)
+            x_TH, (given,) = batch.each_row(index + 1, after, x_TH, heads_TV)
+        return x_TH, given
+
+    def _after_attention(
+        self, layers: range, index: int, step: StepRows | None, x_TH: torch.Tensor, heads_TV: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        layer = self.layers[index]
+        x_TH, (normed_TH,) = residual_norms(x_TH, [(linear(heads_TV, layer.attention.o), None)], [layer.mlp_norm])
+        mlp = layer.mlp
+        y_TH = mlp.forward(normed_TH, step) if isinstance(mlp, MoE) else mlp.forward(normed_TH)
+        return self._into(layers, index + 1, x_TH, y_TH)
+
+    def _into(
+        self, layers: range, index: int, x_TH: torch.Tensor, y_TH: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The residual stream with one branch more, and what a layer's attention takes of it; after the last of
+        `layers` the norm that follows."""
+        norm = self.layers[index].attention_norm if index < self.num_layers else self.norm
+        if index in layers:
+            return norm_linear(x_TH, y_TH, norm, [self.layers[index].attention.qkv])
+        return residual_norms(x_TH, [] if y_TH is None else [(y_TH, None)], [norm])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return linear(hidden, self.head)

@@ -1,0 +1,84 @@
+"""Compiles the kernels of steps of many sizes side by side, before graphs are captured one after the other.
+
+Which kernels serve a step depends on its number of rows. A compiler runs without the interpreter's lock for most of
+its time, so forward passes of several sizes, each in a thread and on a stream of its own, wait for several compilers
+at once. All of them go to the cache's spare slot, which nobody reads. With kernels in Triton's cache it takes tenths of
+a second.
+"""
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Final
+
+import torch
+
+from moe_nvfp4.batch import Batch, Piece
+from moe_nvfp4.cache import SequenceCache
+from moe_nvfp4.engine.step_buffers import StepBuffers
+from moe_nvfp4.models import Model
+
+MOST_THREADS: Final = 12
+
+
+def compile_ahead(
+    model: Model,
+    cache: SequenceCache,
+    device: torch.device,
+    *,
+    decodes: Sequence[int] = (),
+    prompts: Sequence[Sequence[int]] = (),
+    rows_at_once: int,
+) -> None:
+    """Forward passes of decode steps of these numbers of rows, and of steps of prompts of these lengths. Together they
+    have at most `rows_at_once` rows, for which there is workspace, unless one alone has more."""
+    room = _Room(rows_at_once)
+
+    def run(size: int, batch: Batch) -> None:
+        stream = torch.cuda.Stream(device)
+        with room.of(size), torch.inference_mode(), torch.cuda.device(device), torch.cuda.stream(stream):
+            model.forward(batch, cache)
+            stream.synchronize()
+
+    with torch.inference_mode():
+        steps = [(sum(counts), _prompts(counts, cache.spare_slot, device)) for counts in prompts]
+        steps += [(rows, _decodes(rows, cache.spare_slot, device)) for rows in decodes]
+    torch.cuda.synchronize(device)
+    steps.sort(key=lambda step: -step[0])
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="compile") as threads:
+        for done in [threads.submit(run, *step) for step in steps]:
+            done.result()
+    torch.cuda.empty_cache()  # of the threads' streams
+
+
+def _decodes(rows: int, spare_slot: int, device: torch.device) -> Batch:
+    buffers = StepBuffers.new(rows, device)
+    buffers.fill([], spare_slot)
+    return Batch(torch.zeros_like(buffers.rows.slots), buffers.rows, buffers.rows.starts[:-1])
+
+
+def _prompts(counts: Sequence[int], spare_slot: int, device: torch.device) -> Batch:
+    return Batch.of([Piece(spare_slot, 0, [0] * count) for count in counts], device)
+
+
+class _Room:
+    """For so many rows in flight; one step always goes."""
+
+    def __init__(self, rows: int):
+        self._free = self._rows = rows
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def of(self, rows: int) -> Iterator[None]:
+        rows = min(rows, self._rows)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= rows)
+            self._free -= rows
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += rows
+                self._changed.notify_all()
