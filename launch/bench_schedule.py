@@ -69,7 +69,6 @@ def step_seconds(step: Step) -> float:
     milliseconds = _decode_ms(len(decodes)) + USUAL.decode_context * sum(part.start for part in decodes)
     if prompts:
         milliseconds += USUAL.untouched(len(decodes)) + sum(USUAL.prompt(part.start, part.count) for part in prompts)
-        milliseconds = USUAL.mixed(milliseconds)
     return milliseconds / 1e3
 
 

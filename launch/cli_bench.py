@@ -54,6 +54,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     serve.add_argument("--answer", default="16,512", metavar="N,N", help="shortest and longest; default: %(default)s")
     serve.add_argument("--shared", type=int, default=0, metavar="N", help="leading tokens that half of them share")
     serve.add_argument("--max-batch-size", type=int, default=256, metavar="N", help="default: %(default)s")
+    serve.add_argument("--stretch", type=float, metavar="R", help="as of serve; default: inf, prompts are not cut")
     serve.add_argument("--no-prefix-reuse", action="store_true")
     serve.set_defaults(run=_serve_offline)
     _add_balance(kinds.add_parser("balance", help="simulate skewed experts: how evenly ranks are loaded; needs no GPU"))
@@ -218,6 +219,7 @@ def _serve_offline(arguments: argparse.Namespace) -> int:
         max_batch_size=arguments.max_batch_size,
         max_seq_len=prompt[1] + answer[1],
         prefix_reuse=not arguments.no_prefix_reuse,
+        stretch=math.inf if arguments.stretch is None else arguments.stretch,
         warm_up=True,
     )
     with MoERunner(prepared) as runner:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
+from moe_nvfp4.engine.scheduler import STRETCH
 from moe_nvfp4.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
@@ -45,6 +46,14 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-batch-size", type=int, default=32, metavar="N", help="answers at once, of each model")
     parser.add_argument("--max-seq-len", type=int, metavar="N")
     parser.add_argument("--max-waiting", type=int, default=1024, metavar="N", help="requests that may wait for a place")
+    parser.add_argument(
+        "--stretch",
+        type=float,
+        default=STRETCH,
+        metavar="R",
+        help="how many times as long a step of answers may take for the prompts beside it; inf: most tokens a second, "
+        "with long gaps between them; default: %(default)s",
+    )
     parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="of keys and values")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs: the same steps, launch by launch")
     parser.add_argument(
@@ -70,6 +79,7 @@ def engine_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "max_batch_size": arguments.max_batch_size,
         "max_seq_len": arguments.max_seq_len,
         "max_waiting": arguments.max_waiting,
+        "stretch": arguments.stretch,
         "kv_dtype": arguments.kv_dtype,
         "cuda_graphs": not arguments.eager,
         "count_experts": arguments.count_experts,

@@ -13,6 +13,7 @@ from moe_nvfp4.cache import CacheSettings
 from moe_nvfp4.checkpoint import Checkpoint
 from moe_nvfp4.dense_weights import load_dense, read_dense_scales
 from moe_nvfp4.engine.penalties import BYTES_PER_TOKEN
+from moe_nvfp4.engine.scheduler import STRETCH
 from moe_nvfp4.engine.stepper import buckets_up_to
 from moe_nvfp4.errors import CheckpointError, RequestError
 from moe_nvfp4.expert_buffers import ExpertBuffers, num_experts
@@ -25,6 +26,7 @@ from moe_nvfp4.models import Model, ModelConfig, Parts, build_model, model_confi
 from moe_nvfp4.parallel import ALONE, Ranks
 from moe_nvfp4.prompts import PromptEncoder
 from moe_nvfp4.routing.placement import Placement
+from moe_nvfp4.row_graphs import row_buckets
 from moe_nvfp4.sharding import Cut, cuts, shard
 from moe_nvfp4.survey import Survey, survey_checkpoint
 from moe_nvfp4.tokenizer import Tokenizer
@@ -35,6 +37,7 @@ STEP_ROWS, FAST_STEP_ROWS = 512, 4096
 DEFAULT_SEQ_LEN = 4096
 MAX_SNAPSHOTS = 16  # of recurrent states, 63 MB each for Qwen3.6-35B
 MAX_BATCH_SIZE = 4096
+GRAPH_BYTES = 15 << 20  # of the graphs of one number of rows; 0.57 GB of 39 on an H200, for 30 layers and for 40
 KV_DTYPES = ("auto", "fp8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,6 +64,7 @@ class Preparation:
         buckets: Sequence[int] | None = None,
         prefix_reuse: bool = True,
         max_waiting: int = 4096,
+        stretch: float = STRETCH,
         warm_up: bool = False,
         verbose: bool = True,
         ranks: Ranks | None = None,
@@ -69,10 +73,12 @@ class Preparation:
         count_experts: bool = False,
     ):
         self.started = time.perf_counter()
-        self.prefix_reuse, self.max_waiting = prefix_reuse, max_waiting
+        self.prefix_reuse, self.max_waiting, self.stretch = prefix_reuse, max_waiting, stretch
         self.ranks, self.count_experts = ranks or ALONE, count_experts
         if type(max_waiting) is not int or max_waiting < 0:
             raise RequestError(f"max_waiting: got {max_waiting!r}; expected a number of requests from 0")
+        if not isinstance(stretch, int | float) or not stretch >= 1:
+            raise RequestError(f"stretch: got {stretch!r:.40}; expected a number from 1, math.inf for no limit")
         self.device, self.verbose = _device(device), verbose
         self.dtype = _dtype(dtype, self.device)
         if kv_dtype not in KV_DTYPES:
@@ -154,6 +160,8 @@ class Preparation:
         scratch = config.workspace_bytes(rows, self.dtype.itemsize)
         if self.fast:  # row graphs have memory of their own
             scratch *= 2
+        if self.cuda_graphs:
+            scratch += (len(self.buckets) + len(row_buckets(self.step_rows))) * GRAPH_BYTES
         plan = plan_memory(
             self.found,
             self.placement,

@@ -15,6 +15,7 @@ from moe_nvfp4.engine.data_parallel import scheduler_of
 from moe_nvfp4.engine.lease import Lease
 from moe_nvfp4.engine.loop import Engine
 from moe_nvfp4.engine.orders import Build, Orders
+from moe_nvfp4.engine.scheduler import STRETCH
 from moe_nvfp4.engine.stepper import Stepper
 from moe_nvfp4.engine.warm_up import warm_up
 from moe_nvfp4.expert_loads import ExpertLoads
@@ -88,6 +89,7 @@ class MoERunner(Frontend):
         buckets: Sequence[int] | None = None,
         prefix_reuse: bool = True,
         max_waiting: int = 4096,
+        stretch: float = STRETCH,
         warm_up: bool = False,
         count_experts: bool = False,
         verbose: bool = True,
@@ -99,11 +101,12 @@ class MoERunner(Frontend):
         on a GPU and float32 on a CPU; `max_seq_len` to 4096 or the model's context, whichever is less. `kv_dtype` of
         fp8 keeps keys and values as E4M3. Without `cuda_graphs` a GPU takes the same steps launch by launch.
         `buckets`: batch sizes that get a graph, the largest of them max_batch_size; default: some sizes up to it.
-        Beyond max_batch_size requests at once, `max_waiting` may wait. `prefix_reuse`: what a prompt has in common
-        with one before it is not computed again. `warm_up`, on a GPU: compile at once what prompts of any length need,
-        some seconds with an empty kernel cache, and not when the first of them comes. `count_experts`: count the rows
-        that each expert takes, for `expert_loads`; one launch more a layer. `of_a_group`: for one rank of several, see
-        `Preparation`.
+        Beyond max_batch_size requests at once, `max_waiting` may wait. `stretch`: a step of answers takes about
+        so many times as long, at most, for the prompts beside it; math.inf cuts no prompts, which gives the most tokens
+        a second and the longest gaps between them. `prefix_reuse`: what a prompt has in common with one before it is
+        not computed again. `warm_up`, on a GPU: compile and capture at once what prompts of any length need, and not
+        when the first of them comes. `count_experts`: count the rows that each expert takes, for `expert_loads`; one
+        launch more a layer. `of_a_group`: for one rank of several, see `Preparation`.
         """
         return Preparation(
             path_or_hub_id,
@@ -116,6 +119,7 @@ class MoERunner(Frontend):
             buckets=buckets,
             prefix_reuse=prefix_reuse,
             max_waiting=max_waiting,
+            stretch=stretch,
             warm_up=warm_up,
             count_experts=count_experts,
             verbose=verbose,

@@ -19,12 +19,7 @@ class StepCost:
     prompt_row: float
     decode_context: float  # a token that a decode row sees
     prompt_context: float  # a token that a prompt's row sees
-    launch: float  # no step with prompts takes less: the host launches its kernels one by one
     least_prompt_rows: int  # beside answers; fewer take hardly less time, since the experts are read all the same
-
-    def mixed(self, milliseconds: float) -> float:
-        """What a step with prompts takes whose kernels take so long."""
-        return max(self.launch, milliseconds)
 
     def decodes(self, rows: int, context: int) -> float:
         """A step of next tokens, whose sequences have `context` tokens in all."""
@@ -59,7 +54,7 @@ class PromptBudget:
         """So that a step of these answers, with `context` tokens in all, takes at most `stretch` times as long."""
         if self.cost is not None and answers:
             alone = self.cost.decodes(answers, context)
-            spare = self.cost.mixed(stretch * alone) - alone - self.cost.untouched(answers)
+            spare = (stretch - 1) * alone - self.cost.untouched(answers)
             self.milliseconds = max(spare, self.cost.prompt(0, self.cost.least_prompt_rows))
         return self
 
@@ -86,6 +81,5 @@ USUAL = StepCost(
     prompt_row=0.0122,
     decode_context=4.3e-6,
     prompt_context=5.5e-7,
-    launch=40.0,  # 41 to 50 for 300 to 2000 rows, before launches were computed in plain Python
     least_prompt_rows=512,
 )

@@ -125,6 +125,7 @@ def scheduler_of(prepared: "Preparation") -> Scheduler | DataParallelScheduler:
         chunk=prepared.cache_settings.chunk,
         max_waiting=prepared.max_waiting,
         cost=USUAL if prepared.fast else None,
+        stretch=prepared.stretch,
     )
 
     def one() -> Scheduler:

@@ -23,9 +23,8 @@ from moe_nvfp4.engine.cost import PromptBudget, StepCost
 from moe_nvfp4.engine.sequence_memory import Memory, SequenceMemory, TableChange
 
 SNAPSHOT_PAGES: Final = 4  # a shorter prefix is computed again faster than its states are copied
-# How much longer a step of answers may take for the prompts beside it, if that is more than the host takes to launch
-# prompts at all (StepCost.launch). With 2.25, and launches that take no time, the 99th percentile between tokens is 3.0
-# times the median on the adversarial trace of `bench schedule`, and 5.0 uncut. With 40 ms to launch it is 4.8 anyway.
+# How much longer a step of answers may take for the prompts beside it. With 2.25 the 99th percentile between tokens is
+# 3.0 times the median on the adversarial trace of `bench schedule`, and 5.0 uncut.
 STRETCH: Final = 2.25
 
 

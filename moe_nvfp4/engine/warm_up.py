@@ -13,12 +13,13 @@ from moe_nvfp4.batch import Piece
 from moe_nvfp4.cache import SequenceCache
 from moe_nvfp4.engine.compile_ahead import compile_ahead
 from moe_nvfp4.engine.stepper import Stepper, WholeStep
+from moe_nvfp4.row_graphs import RowGraphsBySize
 from moe_nvfp4.sampling import Sampler, SamplingParams
 
 
 def warm_up(stepper: Stepper, step_rows: int, verbose: bool) -> None:
-    began, sizes = time.perf_counter(), _sizes(stepper, step_rows)
-    if stepper.ranks.size == 1:  # what ranks exchange must have one order
+    began, sizes = time.perf_counter(), step_sizes(stepper.row_graphs, step_rows)
+    if stepper.device.type == "cuda" and stepper.ranks.size == 1:  # what ranks exchange must have one order
         counts = [prompt_rows(stepper.cache, rows) for rows in sizes]
         compile_ahead(stepper.model, stepper.cache, stepper.device, prompts=counts, rows_at_once=step_rows)
     for rows in sizes:
@@ -32,11 +33,11 @@ def warm_up(stepper: Stepper, step_rows: int, verbose: bool) -> None:
         print(f"\rsteps with prompts of up to {step_rows} rows: {time.perf_counter() - began:.1f} s", file=sys.stderr)
 
 
-def _sizes(stepper: Stepper, most: int) -> list[int]:
-    """Largest first: what it takes serves the others. Those with graphs, or each range that a kernel's table of
+def step_sizes(graphs: RowGraphsBySize | None, most: int) -> list[int]:
+    """Largest first: the memory it takes serves the others. Those with graphs, or each range that a kernel's table of
     choices tells apart: powers of two and what lies between them."""
-    if stepper.row_graphs is not None:
-        return stepper.row_graphs.sizes[::-1]
+    if graphs is not None:
+        return graphs.sizes[::-1]
     sizes = {2**n for n in range(1, 20)} | {3 * 2**n for n in range(1, 20)}
     return sorted({size for size in sizes if size < most} | {most}, reverse=True)
 

@@ -29,9 +29,6 @@ def test_the_budget_beside_answers() -> None:
     assert alone + USUAL.untouched(64) + USUAL.prompt(1000, rows) == pytest.approx(5 * alone, rel=0.01)
     budget.spend(1000, rows)
     assert budget.most(0) <= 1 and budget.rows == 4096 - rows
-    rows = PromptBudget(4096, USUAL).beside(1, 100, 1.0).most(0)
-    filled = USUAL.decodes(1, 100) + USUAL.untouched(1) + USUAL.prompt(0, rows)
-    assert filled == pytest.approx(USUAL.launch, rel=0.01), "what costs no time"
     assert PromptBudget(4096, USUAL).beside(2000, 100, 1.0).most(0) == USUAL.least_prompt_rows
     assert PromptBudget(4096, USUAL).beside(0, 0, 1.0).most(0) == 4096, "nobody waits"
     assert PromptBudget(4096, None).beside(64, 0, 1.0).most(0) == 4096

@@ -23,7 +23,6 @@ COST = StepCost(
     prompt_row=1,
     decode_context=0,
     prompt_context=0.01,
-    launch=0,
     least_prompt_rows=1,
 )
 GROUPS = {
