@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 
 from moe_nvfp4.engine.orders import Sink, hand_out
 from moe_nvfp4.engine.stats import EngineStats
-from moe_nvfp4.errors import EngineError, MoeNvfp4Error, QueueFullError
+from moe_nvfp4.errors import EngineError, MemoryPlanError, MoeNvfp4Error, QueueFullError
 from moe_nvfp4.generation import Answer, Increment, Timing
 from moe_nvfp4.launch.group_workers import BEAT_EVERY, CLOSING_SECONDS, GroupSettings, WorkerFailed, Workers, place
 from moe_nvfp4.launch.worker import Request
@@ -29,6 +29,7 @@ FAILURE_WINDOW: Final = 300.0
 FAILURES_OF_A_REQUEST: Final = 3  # without a token between them; then it is taken for the cause
 PLACEMENT_SECONDS_AGAIN: Final = 10.0  # a process that hangs needs 5 s to be killed; then fewer ranks are tried
 PLACEMENT_SECONDS_FEWER: Final = 2.0
+RELEASE_SECONDS: Final = 3.0
 
 
 @dataclass(slots=True, eq=False)
@@ -241,11 +242,16 @@ class GroupEngine:
                 return self._give_up(
                     EngineError(f"{FAILURES_AT_MOST} failures within {FAILURE_WINDOW:g} s; the last: {failure}")
                 )
-            self._drop_suspects(failure)
+            if workers is not None:  # a group that never began had no requests
+                self._drop_suspects(failure)
             try:
                 workers = self._start(PLACEMENT_SECONDS_AGAIN, fewer=True)
             except WorkerFailed as again:
                 workers, failure = None, again
+                continue
+            except MemoryPlanError as again:  # planned beside a process that ends, but has not let go of its memory yet
+                workers, failure = None, WorkerFailed(str(again))
+                self._closing.wait(RELEASE_SECONDS)
                 continue
             except Exception as error:
                 return self._give_up(EngineError(f"the group cannot be built again: {error}; it failed as {failure}"))
@@ -263,11 +269,12 @@ class GroupEngine:
         return False
 
     def _drop_suspects(self, failure: WorkerFailed) -> None:
-        """Requests at whose side the group failed again and again, without a token in between."""
+        """Requests at whose side a group failed again and again, without a token in between. The last one that did has
+        the number before this."""
         dropped = []
         with self._lock:
             for ident, one in list(self._open.items()):
-                one.failures += one.sent_to >= 0
+                one.failures += one.sent_to == self._number - 1
                 if one.failures >= FAILURES_OF_A_REQUEST:
                     dropped.append(self._open.pop(ident))
         for one in dropped:

@@ -17,11 +17,11 @@ from model_checks import runner_of, tiny_model  # noqa: E402
 
 import moe_nvfp4  # noqa: E402
 from moe_nvfp4 import AsyncMoERunner, SamplingParams  # noqa: E402
-from moe_nvfp4.errors import CheckpointError, EngineError, RequestError  # noqa: E402
+from moe_nvfp4.errors import CheckpointError, EngineError, MemoryPlanError, RequestError  # noqa: E402
 from moe_nvfp4.generation import Generation  # noqa: E402
 from moe_nvfp4.launch import group_engine  # noqa: E402
 from moe_nvfp4.launch.group import GroupRunner  # noqa: E402
-from moe_nvfp4.launch.group_workers import GroupSettings  # noqa: E402
+from moe_nvfp4.launch.group_workers import GroupSettings, WorkerFailed  # noqa: E402
 from moe_nvfp4.synthesize import synthesize  # noqa: E402
 
 DEMO = Path(moe_nvfp4.__file__).parent / "demo"
@@ -223,6 +223,31 @@ def test_what_fails_again_and_again_is_given_up(cluster: Any, model: Path, monke
             list(stream)
         with pytest.raises(EngineError, match="the group stopped: 2 failures"):
             group.generate([1, 2], TEN)
+
+
+@pytest.mark.parametrize("error", [WorkerFailed("the GPU is still taken"), MemoryPlanError("no room beside it")])
+def test_starts_that_fail_are_no_fault_of_requests(
+    cluster: Any, model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(group_engine, "FAILURES_OF_A_REQUEST", 2)
+    monkeypatch.setattr(group_engine, "RELEASE_SECONDS", 0.1)
+    long = SamplingParams(max_new_tokens=60, ignore_eos=True)
+    with open_group(model, 1) as group:
+        expected, start = group.generate([1, 2], long).token_ids, group.engine._start
+        failures = [error, error]
+
+        def start_at_last(*arguments: Any, **settings: Any) -> Any:
+            if failures:
+                raise failures.pop()
+            return start(*arguments, **settings)
+
+        monkeypatch.setattr(group.engine, "_start", start_at_last)
+        tokens: list[int] = []
+        for count, increment in enumerate(group.stream([1, 2], long)):
+            tokens += increment.token_ids
+            if count == 5:
+                kill(group, 0)
+        assert tuple(tokens) == expected and not failures
 
 
 def test_a_lost_node_leaves_the_others(cluster: Any, model: Path) -> None:
