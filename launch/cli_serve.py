@@ -16,6 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 from moe_nvfp4.errors import EngineError, RequestError
+from moe_nvfp4.launch.cli_generate import add_deterministic
 
 if TYPE_CHECKING:
     import uvicorn
@@ -47,6 +48,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-waiting", type=int, default=1024, metavar="N", help="requests that may wait for a place")
     parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="of keys and values")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs: the same steps, launch by launch")
+    add_deterministic(parser)
     parser.add_argument(
         "--count-experts", action="store_true", help="count the rows of each expert, for the page; a launch a layer"
     )
@@ -72,6 +74,7 @@ def engine_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "max_waiting": arguments.max_waiting,
         "kv_dtype": arguments.kv_dtype,
         "cuda_graphs": not arguments.eager,
+        "deterministic": arguments.deterministic,
         "count_experts": arguments.count_experts,
         "warm_up": True,
         "verbose": not arguments.quiet,

@@ -17,6 +17,7 @@ from moe_nvfp4.engine.loop import Engine
 from moe_nvfp4.engine.orders import Build, Orders
 from moe_nvfp4.engine.stepper import Stepper
 from moe_nvfp4.engine.warm_up import warm_up
+from moe_nvfp4.errors import RequestError
 from moe_nvfp4.expert_loads import ExpertLoads
 from moe_nvfp4.frontend import Frontend
 from moe_nvfp4.preparation import Preparation
@@ -51,6 +52,7 @@ class MoERunner(Frontend):
             verbose=prepared.verbose,
             ranks=prepared.ranks,
             count_rows=prepared.count_experts,
+            determinism=prepared.determinism,
         )
         if prepared.warm_up:
             warm_up(self.stepper, prepared.step_rows, prepared.cache_settings.chunk, prepared.verbose)
@@ -86,6 +88,7 @@ class MoERunner(Frontend):
         cuda_graphs: bool = True,
         buckets: Sequence[int] | None = None,
         prefix_reuse: bool = True,
+        deterministic: bool = False,
         max_waiting: int = 4096,
         warm_up: bool = False,
         count_experts: bool = False,
@@ -99,10 +102,11 @@ class MoERunner(Frontend):
         fp8 keeps keys and values as E4M3. Without `cuda_graphs` a GPU takes the same steps launch by launch.
         `buckets`: batch sizes that get a graph, the largest of them max_batch_size; default: some sizes up to it.
         Beyond max_batch_size requests at once, `max_waiting` may wait. `prefix_reuse`: what a prompt has in common
-        with one before it is not computed again. `warm_up`, on a GPU: compile at once what prompts of any length need,
-        some seconds with an empty kernel cache, and not when the first of them comes. `count_experts`: count the rows
-        that each expert takes, for `expert_loads`; one launch more a layer. `of_a_group`: for one rank of several, see
-        `Preparation`.
+        with one before it is not computed again. `deterministic`: the same request gives the same tokens and
+        log-probabilities, to the last bit, whatever else runs (see determinism.py); slower, and for one rank only.
+        `warm_up`, on a GPU: compile at once what prompts of any length need, some seconds with an empty kernel cache,
+        and not when the first of them comes. `count_experts`: count the rows that each expert takes, for
+        `expert_loads`; one launch more a layer. `of_a_group`: for one rank of several, see `Preparation`.
         """
         return Preparation(
             path_or_hub_id,
@@ -114,6 +118,7 @@ class MoERunner(Frontend):
             cuda_graphs=cuda_graphs,
             buckets=buckets,
             prefix_reuse=prefix_reuse,
+            deterministic=deterministic,
             max_waiting=max_waiting,
             warm_up=warm_up,
             count_experts=count_experts,
@@ -154,6 +159,11 @@ class MoERunner(Frontend):
 
     @prefill_chunk.setter
     def prefill_chunk(self, chunk: int) -> None:
+        if self.engine.scheduler.limits.whole_chunks:
+            raise RequestError(
+                f"prefill_chunk: got {chunk!r:.40}; with deterministic=True it stays {self.prefill_chunk}, since "
+                "prompts cut otherwise give other bits. Leave one of the two out."
+            )
         self.engine.scheduler.limits = replace(self.engine.scheduler.limits, chunk=chunk)
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from moe_nvfp4.batch import Batch, Piece
 from moe_nvfp4.cache import SequenceCache
+from moe_nvfp4.determinism import Determinism
 from moe_nvfp4.engine.penalties import Penalties
 from moe_nvfp4.grammar import TokenMasks
 from moe_nvfp4.kernels.rows import Rows, upload
@@ -150,9 +151,11 @@ class Stepper:
         verbose: bool,
         ranks: Ranks = ALONE,
         count_rows: bool = False,
+        determinism: Determinism = Determinism.OFF,
     ):
         self.model, self.cache, self.device, self.buckets = model, cache, device, sorted(buckets)
         self.ranks, self._tells_rows = ranks, ranks.size > 1 or count_rows
+        self.apart, self._deterministic = determinism is Determinism.APART, determinism is not Determinism.OFF
         self._lines = ranks.size if ranks.splits_rows else 1  # ranks with sequences of their own
         self._line = ranks.rank if ranks.splits_rows else 0
         self.penalties = Penalties(cache.slots, device)
@@ -256,7 +259,10 @@ class Stepper:
         """`count`: of this rank's rows, the first ones that matter."""
         if whole is None:
             sampled = Sampled(*(part[self._line, :count] for part in sampled))
-            return _in_flight(sampled, None if top is None else logprobs(logits[:count], sampled.token_ids, top))
+            if top is None:
+                return _in_flight(sampled, None)
+            every = logprobs(logits[:count], sampled.token_ids, top, batch_invariant=self._deterministic)
+            return _in_flight(sampled, every)
         size = sampled.token_ids.shape[1]
         order = [rank * size + index for rank, index in whole.places]
         tops = None
