@@ -4,14 +4,22 @@ On a CPU, where each sequence is computed by itself; on a GPU through kernels wh
 each of which is tested alone in kernels/test_batch_invariant.py.
 """
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import determinism_checks as checks
 import pytest
-from model_checks import runner_of, tiny_model
+import torch
+from model_checks import every_expert_chosen, runner_of, tiny_model, token_ids
 
 from moe_nvfp4.determinism import Determinism, determinism_of
 from moe_nvfp4.errors import RequestError
+from moe_nvfp4.kernels.linear import Invariant, Projection, Summed, linear
+from moe_nvfp4.kernels.nvfp4 import relative_error
+from moe_nvfp4.kernels.route import route
+from moe_nvfp4.kernels.routed_experts import routed_experts
 from moe_nvfp4.runner import MoERunner
 from moe_nvfp4.sampling import SamplingParams
 
@@ -35,25 +43,25 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_chunks")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_request_among_others_is_answered_as_alone(folder: Path, dtype: str) -> None:
-    asked = checks.requests(9)
+@pytest.mark.parametrize(("dtype", "reuses"), [("float32", (True, False)), ("bfloat16", (True,))])
+def test_a_request_among_others_is_answered_as_alone(folder: Path, dtype: str, reuses: tuple[bool, ...]) -> None:
+    asked = checks.requests(6, lengths=(1, 63, 64, 65, 130, 300), new=(2, 5))
     expected = checks.alone(folder, asked, dtype=dtype)
-    for reuse in (True, False):
+    for reuse in reuses:
         checks.check_among_others(folder, expected, asked, dtype=dtype, prefix_reuse=reuse)
 
 
 @pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("prefix_reuse", [True, False])
 def test_answers_that_are_computed_again_stay_the_same(folder: Path, prefix_reuse: bool) -> None:
-    asked = [request for seed in (1, 2) for request in checks.requests(5, seed, lengths=(40, 60, 120))]
+    asked = checks.requests(4, lengths=(58, 61, 124, 60), new=(10,))
     expected = checks.alone(folder, asked)
     checks.check_without_pages(folder, expected, asked, prefix_reuse=prefix_reuse)
 
 
 def test_chunks_as_they_are(folder: Path) -> None:
     """Prompts of more than one chunk of 512, some of them beginning alike."""
-    asked = checks.requests(4, seed=3, lengths=(511, 513, 700))
+    asked = checks.requests(3, lengths=(511, 513, 700), new=(2,))
     checks.check_among_others(folder, checks.alone(folder, asked), asked)
 
 
@@ -68,6 +76,40 @@ def test_prefixes_are_reused_after_whole_chunks(folder: Path) -> None:
         )
         turn = runner.generate([*prompt, *first.token_ids, 5, 6], params)
         assert turn.timing.reused_tokens == 256, "nothing of an answer is reused"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_models_ask_kernels_for_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with the twins of the kernels: no product is taken with a weight that does not ask."""
+    folder = tiny_model(name, tmp_path / "model", every_expert_chosen)
+    with runner_of(folder, dtype="bfloat16") as usual:
+        ids = token_ids(usual)
+        expected = usual.logits(ids)
+    monkeypatch.setattr("moe_nvfp4.preparation.determinism_of", lambda *_, **__: Determinism.KERNELS)
+    seen: set[str] = set()
+
+    def asked_linear(x_TK: torch.Tensor, weight: Projection | Summed) -> torch.Tensor:
+        assert isinstance(weight, Invariant)
+        seen.add("linear")
+        return linear(x_TK, weight)
+
+    def asks(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(*arguments: Any, **options: Any) -> Any:
+            assert options["batch_invariant"]
+            seen.add(name)
+            return function(*arguments, **options)
+
+        return asked
+
+    model = f"moe_nvfp4.models.{json.loads((folder / 'config.json').read_text())['model_type']}"
+    for module in (model, "moe_nvfp4.models.moe", "moe_nvfp4.kernels.norm_linear"):
+        monkeypatch.setattr(f"{module}.linear", asked_linear)
+    monkeypatch.setattr(f"{model}.route", asks("route", route))
+    monkeypatch.setattr("moe_nvfp4.models.moe.routed_experts", asks("routed_experts", routed_experts))
+    with runner_of(folder, dtype="bfloat16", deterministic=True) as runner:
+        assert relative_error(runner.logits(ids), expected) < 2e-2
+        assert all(kv.batch_invariant for kv in runner.cache.kv.values())
+    assert seen == {"linear", "route", "routed_experts"}
 
 
 def test_several_ranks_are_refused() -> None:
@@ -90,7 +132,7 @@ def test_chunks_cannot_be_changed(folder: Path) -> None:
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_kernels_answer_a_request_among_others_as_alone(shaped: Path, cuda_graphs: bool) -> None:
     gpu = {"device": "cuda", "dtype": "bfloat16"}
-    asked = checks.requests(12, lengths=(1, 2, 9, 63, 64, 65, 130, 300))
+    asked = checks.requests(16, lengths=(1, 2, 9, 63, 64, 65, 130, 300), new=(3, 8, 20))
     expected = checks.alone(shaped, asked, **gpu, cuda_graphs=False)
     with runner_of(shaped, **checks.SETTINGS, **gpu) as runner:
         assert runner.stepper._deterministic and not runner.stepper.apart
@@ -101,12 +143,12 @@ def test_kernels_answer_a_request_among_others_as_alone(shaped: Path, cuda_graph
 @pytest.mark.usefixtures("short_chunks")
 def test_kernels_compute_answers_again_alike(shaped: Path) -> None:
     gpu = {"device": "cuda", "dtype": "bfloat16"}
-    asked = [request for seed in (1, 2) for request in checks.requests(5, seed, lengths=(40, 60, 120))]
+    asked = checks.requests(12, lengths=(58, 61, 124, 60), new=(10, 30))
     checks.check_without_pages(shaped, checks.alone(shaped, asked, **gpu), asked, **gpu)
 
 
 @pytest.mark.gpu
 def test_without_kernels_a_gpu_takes_one_sequence_after_the_other(folder: Path) -> None:
-    asked = checks.requests(5)
+    asked = checks.requests(5, lengths=(1, 20, 130), new=(3,))
     expected = checks.alone(folder, asked, device="cuda")
     checks.check_among_others(folder, expected, asked, device="cuda")

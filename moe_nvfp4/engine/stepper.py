@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -156,6 +157,7 @@ class Stepper:
         self.model, self.cache, self.device, self.buckets = model, cache, device, sorted(buckets)
         self.ranks, self._tells_rows = ranks, ranks.size > 1 or count_rows
         self.apart, self._deterministic = determinism is Determinism.APART, determinism is not Determinism.OFF
+        self._logprobs = partial(logprobs, batch_invariant=self._deterministic)
         self._lines = ranks.size if ranks.splits_rows else 1  # ranks with sequences of their own
         self._line = ranks.rank if ranks.splits_rows else 0
         self.penalties = Penalties(cache.slots, device)
@@ -226,7 +228,7 @@ class Stepper:
         if continued:
             places, slots = upload([continued, [pieces[index].slot for index in continued]], self.device)
             batch.token_ids.index_copy_(0, batch.last_rows[places].long(), self.last_tokens[slots])
-        logits = self.model.logits(self.model.forward(batch, self.cache)[batch.last_rows])
+        logits = self._logits(self.model.forward(batch, self.cache)[batch.last_rows])
         wanted, targets = sampling_rows(samplers, self.device), [piece.slot for piece in pieces]
         params = [SamplingParams() if sampler is None else sampler.params for sampler in samplers]
         if masks is not None or any(one.changes_logits for one in params):
@@ -239,6 +241,11 @@ class Stepper:
             places, lines = upload([giving, [targets[index] for index in giving]], self.device)
             self.last_tokens.index_copy_(0, lines.long(), sampled.token_ids[self._line][places])
         return self._results(sampled, logits, top_logprobs, count, whole)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.model.logits(hidden)
+        # As they are where any row's are changed, since a sum over them has an order for each dtype.
+        return logits.float() if self._deterministic else logits
 
     def _step_rows(self, pieces: Sequence[Piece], whole: WholeStep | None) -> StepRows | None:
         if not self._tells_rows:
@@ -259,15 +266,12 @@ class Stepper:
         """`count`: of this rank's rows, the first ones that matter."""
         if whole is None:
             sampled = Sampled(*(part[self._line, :count] for part in sampled))
-            if top is None:
-                return _in_flight(sampled, None)
-            every = logprobs(logits[:count], sampled.token_ids, top, batch_invariant=self._deterministic)
-            return _in_flight(sampled, every)
+            return _in_flight(sampled, None if top is None else self._logprobs(logits[:count], sampled.token_ids, top))
         size = sampled.token_ids.shape[1]
         order = [rank * size + index for rank, index in whole.places]
         tops = None
         if top is not None:
-            own = logprobs(logits, sampled.token_ids[self._line][: len(logits)], top)
+            own = self._logprobs(logits, sampled.token_ids[self._line][: len(logits)], top)
             (places,) = upload([order], self.device)
             tops = Logprobs(*(self.ranks.gather(part, size)[places] for part in own))
         return _in_flight(Sampled(*(part.flatten() for part in sampled)), tops, order)
@@ -297,7 +301,7 @@ class Stepper:
     def _run(self, buffers: StepBuffers) -> None:
         slots = buffers.rows.slots
         batch = Batch(self.last_tokens[slots], buffers.rows, buffers.rows.starts[:-1], buffers.step)
-        buffers.logits = self.model.logits(self.model.forward(batch, self.cache))
+        buffers.logits = self._logits(self.model.forward(batch, self.cache))
         buffers.sampled = self._share(sample(buffers.logits, buffers.sampling), len(slots))
         self.last_tokens[slots] = buffers.sampled.token_ids[self._line]
         positions_and_lengths, live = buffers.flat[0:2], buffers.flat[3]
