@@ -9,6 +9,8 @@ step is computed by itself. Random numbers are each request's own in any case.
 from enum import Enum
 from typing import Final
 
+import torch
+
 from moe_nvfp4.errors import RequestError
 
 # Tokens of a prompt's pieces. Fixed, since prompts cut otherwise give other bits. As many as a step always has time for
@@ -20,6 +22,11 @@ class Determinism(Enum):
     OFF = 0
     KERNELS = 1  # kernels whose rows do not depend on each other
     APART = 2  # sequences one after the other
+
+    def alike(self, logits: torch.Tensor) -> torch.Tensor:
+        """What tokens are chosen from: float32, as it is for all rows of a step in which some row's logits are changed.
+        Sums over logits have an order for each dtype, so none may depend on what others ask for."""
+        return logits if self is Determinism.OFF else logits.float()
 
 
 def determinism_of(wanted: bool, fast: bool, ranks: int) -> Determinism:

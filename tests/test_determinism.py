@@ -135,7 +135,7 @@ def test_kernels_answer_a_request_among_others_as_alone(shaped: Path, cuda_graph
     asked = checks.requests(16, lengths=(1, 2, 9, 63, 64, 65, 130, 300), new=(3, 8, 20))
     expected = checks.alone(shaped, asked, **gpu, cuda_graphs=False)
     with runner_of(shaped, **checks.SETTINGS, **gpu) as runner:
-        assert runner.stepper._deterministic and not runner.stepper.apart
+        assert runner.stepper.determinism is Determinism.KERNELS
     checks.check_among_others(shaped, expected, asked, **gpu, cuda_graphs=cuda_graphs, max_batch_size=12)
 
 

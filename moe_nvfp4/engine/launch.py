@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 import torch
 
 from moe_nvfp4.batch import Piece
+from moe_nvfp4.determinism import Determinism
 from moe_nvfp4.engine.data_parallel import GroupStep
 from moe_nvfp4.engine.scheduler import Rows, Step
 from moe_nvfp4.engine.stepper import DecodeRow, Stepper, StepResult, WholeStep
@@ -54,7 +55,7 @@ def launch(stepper: Stepper, step: Step, answers: Sequence[Answer], vocab_size: 
             tokens, prompt = rows.sequence.tokens, rows.sequence.prompt_length
             stepper.penalties.begin(rows.sequence.slot, tokens[:prompt], tokens[prompt:], vocab_size)
     result: StepResult | SeparateResults
-    if stepper.apart:
+    if stepper.determinism is Determinism.APART:
         # In order: a sequence may share pages that one before it fills in this very step.
         result = SeparateResults([_run(stepper, [pair], pair[0].decodes, tops, None) for pair in pairs])
     else:

@@ -156,8 +156,8 @@ class Stepper:
     ):
         self.model, self.cache, self.device, self.buckets = model, cache, device, sorted(buckets)
         self.ranks, self._tells_rows = ranks, ranks.size > 1 or count_rows
-        self.apart, self._deterministic = determinism is Determinism.APART, determinism is not Determinism.OFF
-        self._logprobs = partial(logprobs, batch_invariant=self._deterministic)
+        self.determinism = determinism
+        self._logprobs = partial(logprobs, batch_invariant=determinism is not Determinism.OFF)
         self._lines = ranks.size if ranks.splits_rows else 1  # ranks with sequences of their own
         self._line = ranks.rank if ranks.splits_rows else 0
         self.penalties = Penalties(cache.slots, device)
@@ -228,7 +228,7 @@ class Stepper:
         if continued:
             places, slots = upload([continued, [pieces[index].slot for index in continued]], self.device)
             batch.token_ids.index_copy_(0, batch.last_rows[places].long(), self.last_tokens[slots])
-        logits = self._logits(self.model.forward(batch, self.cache)[batch.last_rows])
+        logits = self.determinism.alike(self.model.logits(self.model.forward(batch, self.cache)[batch.last_rows]))
         wanted, targets = sampling_rows(samplers, self.device), [piece.slot for piece in pieces]
         params = [SamplingParams() if sampler is None else sampler.params for sampler in samplers]
         if masks is not None or any(one.changes_logits for one in params):
@@ -241,11 +241,6 @@ class Stepper:
             places, lines = upload([giving, [targets[index] for index in giving]], self.device)
             self.last_tokens.index_copy_(0, lines.long(), sampled.token_ids[self._line][places])
         return self._results(sampled, logits, top_logprobs, count, whole)
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.model.logits(hidden)
-        # As they are where any row's are changed, since a sum over them has an order for each dtype.
-        return logits.float() if self._deterministic else logits
 
     def _step_rows(self, pieces: Sequence[Piece], whole: WholeStep | None) -> StepRows | None:
         if not self._tells_rows:
@@ -301,7 +296,7 @@ class Stepper:
     def _run(self, buffers: StepBuffers) -> None:
         slots = buffers.rows.slots
         batch = Batch(self.last_tokens[slots], buffers.rows, buffers.rows.starts[:-1], buffers.step)
-        buffers.logits = self._logits(self.model.forward(batch, self.cache))
+        buffers.logits = self.determinism.alike(self.model.logits(self.model.forward(batch, self.cache)))
         buffers.sampled = self._share(sample(buffers.logits, buffers.sampling), len(slots))
         self.last_tokens[slots] = buffers.sampled.token_ids[self._line]
         positions_and_lengths, live = buffers.flat[0:2], buffers.flat[3]
