@@ -27,6 +27,7 @@ from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases
 
 LOG2E: Final = 1.4426950408889634
 _MAX_SPLITS: Final = 128
+_INVARIANT_SEQUENCES: Final = 4  # as for so many, where splits must not depend on how many there are
 _SUM_BLOCKS: Final = ((8, 256), (32, 64), (_MAX_SPLITS, 32))  # splits, columns of a program
 
 
@@ -76,7 +77,8 @@ def decode_attention(
     tile = decode_tile(head, kv.is_fp8, architecture)
     width = kv.table.shape[1]
     positions = min(width * kv.page, window + tile.positions - 1) if window else width * kv.page
-    splits = num_splits(batch, kv_heads, positions, tile.positions, multiprocessors)
+    sharing = _INVARIANT_SEQUENCES if kv.batch_invariant else batch
+    splits = num_splits(sharing, kv_heads, positions, tile.positions, multiprocessors)
     sums_BNSD = q_TND.new_empty(batch, heads, splits, head, dtype=torch.float32) if splits > 1 else out_TND
     tops_BN2S = q_TND.new_empty(batch, heads, 2, splits, dtype=torch.float32) if splits > 1 else out_TND
     gate = q_TND if gate_TND is None else gate_TND

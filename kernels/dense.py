@@ -44,12 +44,14 @@ def dense_linear(
     *,
     dependent: bool = False,
     plain: bool = False,
+    batch_invariant: bool = False,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """[M, N]; N is what the weight has, for fragments a multiple of 16, K likewise at least x's.
 
     `dependent`: launch while the kernel before it on the stream still runs, and fetch weights meanwhile (sm_90 and
     later, up to 256 rows); that kernel must not write the weight. `plain` asks for plain Triton where others win.
+    `batch_invariant`: the bits of a row of y depend on that row of x alone, not on how many there are.
     `out_dtype` float32 (logits) saves few rows the rounding to bfloat16; many rows are rounded, then widened.
     """
     rows, columns = x_MK.shape
@@ -60,6 +62,8 @@ def dense_linear(
     x_MK = x_MK.contiguous()
     if not x_MK.is_cuda:
         return dense_linear_torch(x_MK, weight, out_dtype)
+    if batch_invariant:
+        return _invariant(x_MK, weight, dependent, out_dtype)
     kind = kind_of(weight)
     if plain and (rows <= 16 or kind != "bf16"):
         return dense_plain(x_MK, weight).to(out_dtype)
@@ -77,6 +81,15 @@ def dense_linear(
         stop = min(start + step, weight.shape[0])
         torch.mm(x_MK, decode_rows(weight, start, stop).T, out=y_MN[:, start:stop])
     return y_MN.to(out_dtype)
+
+
+def _invariant(x_MK: Tensor, weight: DenseWeight, dependent: bool, out_dtype: torch.dtype) -> Tensor:
+    """One kernel and one tiling for any number of rows: what shares K between warps, and so the order of each sum,
+    depends on the weight alone. Sixteen rows at a time read the weight again, from L2 at best."""
+    x_MK = x_MK if x_MK.data_ptr() % 16 == 0 else x_MK.clone()  # else its address would choose the kernel
+    if fits(x_MK, weight):
+        return dense_rows(x_MK, weight, dependent=dependent, groups=2, out_dtype=out_dtype)
+    return dense_plain(x_MK, weight, block_m=64).to(out_dtype)
 
 
 def _few_rows(rows: int, weight: DenseWeight, tiles: bool) -> bool:

@@ -5,7 +5,7 @@
 Letters: M rows of x, N rows and K columns of the weight. `dense_rows.py` is faster for few rows.
 """
 
-from typing import Final
+from typing import Final, Literal
 
 import torch
 import triton
@@ -54,11 +54,14 @@ def decode_rows(weight: FragmentTensor | FP8Tensor, start: int, stop: int) -> Te
     return out[: stop - start]
 
 
-def dense_plain(x_MK: Tensor, weight: Tensor | FragmentTensor | FP8Tensor) -> Tensor:
-    """The launcher of the product, [M, N] bfloat16; its twin is `dense_linear_torch` in dense.py."""
+def dense_plain(
+    x_MK: Tensor, weight: Tensor | FragmentTensor | FP8Tensor, *, block_m: Literal[16, 64] | None = None
+) -> Tensor:
+    """The launcher of the product, [M, N] bfloat16; its twin is `dense_linear_torch` in dense.py. `block_m`: rows of a
+    program, which choose the instruction; default: by the number of rows."""
     (rows, columns), num_out = x_MK.shape, weight.shape[0]
     y_MN = torch.empty(rows, num_out, dtype=torch.bfloat16, device=x_MK.device)
-    block_m = 16 if rows <= 16 else 64
+    block_m = block_m or (16 if rows <= 16 else 64)
     grid = (cdiv(num_out, 64), cdiv(rows, block_m))
     if isinstance(weight, FragmentTensor):
         parts, kind, step = (weight.words, weight.scales, weight.global_scale), "nvfp4", weight.global_scale.ndim

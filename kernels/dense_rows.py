@@ -301,12 +301,14 @@ def dense_rows(
     *,
     dependent: bool = False,
     tiling: Tiling | None = None,
+    groups: int | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """The launcher; its twin is `dense_linear_torch` in dense.py. More than 16 rows read the weight repeatedly."""
+    """The launcher; its twin is `dense_linear_torch` in dense.py. More than 16 rows read the weight repeatedly.
+    `groups`: of eight rows, those of a program, 1 or 2; they choose the tiling, and that the order of sums."""
     (rows, columns), num_out = x_MK.shape, weight.shape[0]
     y_MN = torch.empty(rows, num_out, dtype=out_dtype, device=x_MK.device)
-    kind, groups, strips = kind_of(weight), 1 if rows <= 8 else 2, -(-num_out // 16)
+    kind, groups, strips = kind_of(weight), groups or (1 if rows <= 8 else 2), -(-num_out // 16)
     *parts, step = parts_of(weight)
     tiling = tiling or tiling_for(kind, strips, columns // TILE_COLUMNS[kind], groups)
     dependent = dependent and capability(x_MK.device)[0] >= 9

@@ -29,6 +29,7 @@ from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases, use_twin
 # of 256 take 159 us with one head a program, 41 with four, 37 with eight; the bytes alone would take 30.
 _PROGRAMS: Final = 512
 _NUMBERS: Final = 2048  # of a program, at most
+_INVARIANT_HEADS: Final = 4  # of a program, where the order of a head's sum must not depend on the number of rows
 
 
 def norm_rope_store(
@@ -59,7 +60,8 @@ def norm_rope_store(
     assert q_TND.stride(2) == k_TGD.stride(2) == v_TGD.stride(2) == 1, "the numbers of a head are adjacent"
     assert kv.keys.is_contiguous() and kv.values.is_contiguous() and kv.table.stride(1) == 1, "pages are contiguous"
     out_TND = q_TND.new_empty(num_rows, heads, dim)
-    bh = head_block(num_rows * (heads + 2 * kv_heads), dim)
+    every = num_rows * (heads + 2 * kv_heads)
+    bh = head_block(_INVARIANT_HEADS * _PROGRAMS if kv.batch_invariant else every, dim)
     q_blocks, kv_blocks = cdiv(heads, bh), cdiv(kv_heads, bh)
     some = next((weight for weight in (q_norm, k_norm) if weight is not None), q_TND)
     norm_rotate_store[(num_rows, q_blocks + 2 * kv_blocks)](

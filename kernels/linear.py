@@ -23,10 +23,19 @@ class Stacked(NamedTuple):
     parts: tuple[DenseWeight, ...]
 
 
+class Invariant(NamedTuple):
+    """A weight by which each row is multiplied alike, to the last bit, whatever the other rows and their number."""
+
+    weight: DenseWeight | Stacked
+
+
+Projection = DenseWeight | Stacked | Invariant
+
+
 class Summed(NamedTuple):
     """Some columns of a weight; other ranks have the others, and `sum_over_ranks` adds up what they give."""
 
-    weight: DenseWeight
+    weight: Projection
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -34,10 +43,12 @@ class Summed(NamedTuple):
 _ROWS = 4096
 
 
-def linear(x_TK: torch.Tensor, weight: DenseWeight | Stacked | Summed) -> torch.Tensor:
+def linear(x_TK: torch.Tensor, weight: Projection | Summed) -> torch.Tensor:
     """Weight-only: activations keep their dtype, quantised weights are decoded to it."""
     if isinstance(weight, Summed):
         return weight.sum_over_ranks(linear(x_TK, weight.weight))
+    if isinstance(weight, Invariant):
+        return _invariant(x_TK, weight.weight)
     if isinstance(weight, Stacked):
         return torch.cat([linear(x_TK, part) for part in weight.parts], dim=-1)
     fast = x_TK.is_cuda and x_TK.dtype == torch.bfloat16
@@ -49,8 +60,27 @@ def linear(x_TK: torch.Tensor, weight: DenseWeight | Stacked | Summed) -> torch.
     return torch.cat([F.linear(x_TK, _decoded(weight, start, x_TK.dtype)) for start in starts], dim=-1)
 
 
-def stack(weights: Sequence[DenseWeight], *, fast: bool) -> DenseWeight | Stacked:
+def _invariant(x_TK: torch.Tensor, weight: DenseWeight | Stacked) -> torch.Tensor:
+    """Of bfloat16 on a GPU, without the matrix library, which chooses by the number of rows."""
+    if isinstance(weight, Stacked):
+        return torch.cat([_invariant(x_TK, part) for part in weight.parts], dim=-1)
+    if not isinstance(weight, NVFP4Tensor) and _is_bfloat16(weight):
+        return dense_linear(x_TK, weight, dependent=True, batch_invariant=True)
+    if isinstance(weight, torch.Tensor):
+        return dense_linear(x_TK, weight.to(x_TK.dtype), batch_invariant=True)
+    starts = range(0, weight.shape[0], _ROWS)
+    parts = [dense_linear(x_TK, _decoded(weight, start, x_TK.dtype), batch_invariant=True) for start in starts]
+    return torch.cat(parts, dim=-1)
+
+
+def stack(weights: Sequence[DenseWeight | Invariant], *, fast: bool) -> Projection:
     """Weights that share x as one, each with its own scales; `fast` asks for one launch, which copies them."""
+    plain = [weight.weight if isinstance(weight, Invariant) else weight for weight in weights]
+    together = _stacked([weight for weight in plain if not isinstance(weight, Stacked)], fast)
+    return Invariant(together) if isinstance(weights[0], Invariant) else together
+
+
+def _stacked(weights: Sequence[DenseWeight], fast: bool) -> DenseWeight | Stacked:
     one_kind = len({type(weight) for weight in weights}) == 1 and not isinstance(weights[0], NVFP4Tensor)
     if len(weights) == 1:
         return weights[0]

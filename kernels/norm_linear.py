@@ -39,7 +39,7 @@ from moe_nvfp4.kernels.dense_rows import (
     start_step,
     tiling_for,
 )
-from moe_nvfp4.kernels.linear import DenseWeight, Stacked, linear
+from moe_nvfp4.kernels.linear import Invariant, Projection, Stacked, linear
 from moe_nvfp4.kernels.nvfp4 import NVFP4Tensor
 from moe_nvfp4.kernels.residual_norms import Norm, residual_norms
 from moe_nvfp4.kernels.sizes import cdiv, next_power_of_2
@@ -56,7 +56,7 @@ def norm_linear(
     x_TH: Tensor,
     y_TH: Tensor | None,
     norm: Norm,
-    weights: Sequence[DenseWeight | Stacked],
+    weights: Sequence[Projection],
     tilings: Sequence[Tiling] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """x' and a [T, N] for each weight. Without y, x' is x itself. The kernel before it on the stream must not
@@ -66,7 +66,7 @@ def norm_linear(
     and bf16 64 x 2048 12.6 (16.7), at 4 rows 13.6 (17.4), fp8 9216 x 2048 10.9 (13.7), fp8 10240 x 4096 22.3 (23.7),
     bf16 8192 x 2816 17.4 (20.8). Weights in registers, without the copies' barriers, are slower: 15.6.
     """
-    kernels = [w for w in weights if not isinstance(w, Stacked | NVFP4Tensor)]
+    kernels = [w for w in weights if not isinstance(w, Stacked | NVFP4Tensor | Invariant)]
     if len(kernels) < len(weights) or not _one_launch(x_TH, y_TH, norm, kernels):
         return norm_linear_twin(x_TH, y_TH, norm, weights)
     num_rows, hidden = x_TH.shape
@@ -91,7 +91,7 @@ def norm_linear(
 
 
 def norm_linear_twin(
-    x_TH: Tensor, y_TH: Tensor | None, norm: Norm, weights: Sequence[DenseWeight | Stacked]
+    x_TH: Tensor, y_TH: Tensor | None, norm: Norm, weights: Sequence[Projection]
 ) -> tuple[Tensor, list[Tensor]]:
     """Two launches and more, for any number of rows, and on a CPU the torch twin."""
     changed_TH, (normed_TH,) = residual_norms(x_TH, [] if y_TH is None else [(y_TH, None)], [norm])

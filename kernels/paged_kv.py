@@ -21,6 +21,7 @@ class PagedKV(NamedTuple):
     table: Tensor  # int32 [slots, logical pages]
     k_scale: float = 1.0
     v_scale: float = 1.0
+    batch_invariant: bool = False  # kernels are cut by a sequence's own length, and not by how many rows there are
 
     @property
     def page(self) -> int:

@@ -26,6 +26,7 @@ SUM_EPSILON: Final = 1e-20
 # Up to here a warp for each expert, beyond tensor cores: 1.7 and 2.0 against 2.5 us at one and two rows of Gemma-4
 # on an H200, 3.3 against 2.5 at four.
 FEW_ROWS: Final = 2
+_INVARIANT_ROWS: Final = 64  # whose tiles, in eight shares of H, take any number of rows where bits must not differ
 
 
 class Routes(NamedTuple):
@@ -52,17 +53,19 @@ def route(
     correction_bias: Tensor | None = None,
     scale: float = 1.0,
     shared: bool = False,
+    batch_invariant: bool = False,
 ) -> Routes:
     """The k best experts of each row of x under the router (bfloat16 or float32), and their weights.
 
     Scores are softmax or sigmoid of the float32 product. `correction_bias` (float32 [E]) is added to them for the
     choice only. `normalise` divides the weights by their sum + 1e-20; `scale` multiplies them last. `shared`: the
     router has one row more, the gate of an expert that every row takes: id E, last, weight sigmoid of its logit.
+    `batch_invariant`: the bits of a row's scores do not depend on the number of rows.
     """
     rule = _Rule(k, scoring, normalise, correction_bias, scale, shared)
     if use_twin(x_TH) or x_TH.dtype != torch.bfloat16:
         return choose_twin(logits_twin(x_TH, router_EH), rule)
-    return _choose(_logits(x_TH, router_EH), rule)
+    return _choose(_logits(x_TH, router_EH, batch_invariant), rule)
 
 
 def logits_twin(x_TH: Tensor, router_EH: Tensor) -> Tensor:
@@ -85,17 +88,18 @@ def choose_twin(logits_TL: Tensor, rule: _Rule) -> Routes:
     return Routes(expert_ids_TK.int(), weights_TK)
 
 
-def _logits(x_TH: Tensor, router_EH: Tensor) -> Tensor:
+def _logits(x_TH: Tensor, router_EH: Tensor, batch_invariant: bool) -> Tensor:
     (num_rows, hidden), num_experts = x_TH.shape, router_EH.shape[0]
     x_TH, router_EH = x_TH.contiguous(), router_EH.contiguous()
-    if num_rows <= FEW_ROWS:
+    if num_rows <= FEW_ROWS and not batch_invariant:
         shares_STE = x_TH.new_empty(1, num_rows, num_experts, dtype=torch.float32)
         logits_few[(num_experts,)](
             x_TH, router_EH, shares_STE, num_rows, num_experts, H=hidden, BH=next_power_of_2(hidden),
             num_warps=1, **launch_options(x_TH),
         )  # fmt: skip
         return shares_STE
-    bt, be, bk, shares, warps, stages = logits_tiles(num_rows, num_experts, hidden, router_EH.dtype)
+    tiled_rows = _INVARIANT_ROWS if batch_invariant else num_rows
+    bt, be, bk, shares, warps, stages = logits_tiles(tiled_rows, num_experts, hidden, router_EH.dtype)
     shares_STE = x_TH.new_empty(shares, num_rows, num_experts, dtype=torch.float32)
     logits_tile[(cdiv(num_rows, bt), cdiv(num_experts, be), shares)](
         x_TH, router_EH, shares_STE, num_rows, num_experts, H=hidden, STEPS=cdiv(hidden, bk * shares), S=shares,

@@ -120,10 +120,12 @@ class Logprobs(NamedTuple):
     values_BK: Tensor  # float32
 
 
-def logprobs(logits_BV: Tensor, token_ids_B: Tensor, k: int) -> Logprobs:
-    """log_softmax of the logits as given: of the chosen tokens, and the k largest. No synchronisation."""
+def logprobs(logits_BV: Tensor, token_ids_B: Tensor, k: int, *, batch_invariant: bool = False) -> Logprobs:
+    """log_softmax of the logits as given: of the chosen tokens, and the k largest. No synchronisation.
+    `batch_invariant`: sums row by row, since torch adds up in an order that depends on the number of rows."""
     logits_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
-    total_B1 = logits_BV.logsumexp(dim=1, keepdim=True)
+    parts = logits_BV.split(1) if batch_invariant else [logits_BV]
+    total_B1 = torch.cat([part.logsumexp(dim=1, keepdim=True) for part in parts])
     chosen_B = (logits_BV.gather(1, token_ids_B[:, None].long()) - total_B1).squeeze(1)
     k = min(k, logits_BV.shape[1])
     if k == 0:

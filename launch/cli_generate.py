@@ -36,12 +36,19 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "--kv-dtype", choices=("auto", "fp8"), default="auto", help="of keys and values; default: --dtype"
     )
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs: the same steps, launch by launch")
+    add_deterministic(parser)
     parser.add_argument(
         "--self-test", action="store_true", help="first compare kernels with their float32 twins on these weights"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
     parser.add_argument("--quiet", action="store_true", help="no memory plan and no progress on standard error")
     parser.set_defaults(run=_generate)
+
+
+def add_deterministic(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--deterministic", action="store_true", help="the same request gives the same tokens whatever else runs; slower"
+    )
 
 
 def sampling_of(arguments: argparse.Namespace) -> "SamplingParams":
@@ -67,6 +74,7 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
         "max_seq_len": arguments.max_seq_len,
         "kv_dtype": arguments.kv_dtype,
         "cuda_graphs": not arguments.eager,
+        "deterministic": arguments.deterministic,
         "verbose": not arguments.quiet,
     }
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from moe_nvfp4.engine.scheduler import STRETCH
 from moe_nvfp4.errors import EngineError, RequestError
+from moe_nvfp4.launch.cli_generate import add_deterministic
 
 if TYPE_CHECKING:
     import uvicorn
@@ -56,6 +57,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="of keys and values")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs: the same steps, launch by launch")
+    add_deterministic(parser)
     parser.add_argument(
         "--count-experts", action="store_true", help="count the rows of each expert, for the page; a launch a layer"
     )
@@ -82,6 +84,7 @@ def engine_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "stretch": arguments.stretch,
         "kv_dtype": arguments.kv_dtype,
         "cuda_graphs": not arguments.eager,
+        "deterministic": arguments.deterministic,
         "count_experts": arguments.count_experts,
         "warm_up": True,
         "verbose": not arguments.quiet,

@@ -55,6 +55,7 @@ class CacheSettings:
     dtype: torch.dtype
     fp8: bool = False  # keys and values as E4M3
     scales: Mapping[int, tuple[float, float]] = field(default_factory=dict)  # of K and V, by layer, for fp8
+    batch_invariant: bool = False  # see PagedKV
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -125,7 +126,8 @@ class SequenceCache:
         shape = (spare + 1, PAGE, spec.kv_heads, spec.head_dim)
         for layer in spec.layers:
             keys, values = (torch.empty(shape, dtype=settings.kv_dtype, device=self._device) for _ in range(2))
-            self.kv[layer] = PagedKV(keys, values, self.tables[-1], *settings.scales.get(layer, (1.0, 1.0)))
+            scales = settings.scales.get(layer, (1.0, 1.0))
+            self.kv[layer] = PagedKV(keys, values, self.tables[-1], *scales, settings.batch_invariant)
 
     def set_pages(self, changes: Sequence[tuple[int, int, int, int]]) -> None:
         """(group, slot, logical page, page), in the order of the stream."""

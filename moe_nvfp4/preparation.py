@@ -12,6 +12,7 @@ import torch
 from moe_nvfp4.cache import CacheSettings
 from moe_nvfp4.checkpoint import Checkpoint
 from moe_nvfp4.dense_weights import load_dense, read_dense_scales
+from moe_nvfp4.determinism import CHUNK, Determinism, determinism_of
 from moe_nvfp4.engine.penalties import BYTES_PER_TOKEN
 from moe_nvfp4.engine.scheduler import STRETCH
 from moe_nvfp4.engine.stepper import buckets_up_to
@@ -63,6 +64,7 @@ class Preparation:
         cuda_graphs: bool = True,
         buckets: Sequence[int] | None = None,
         prefix_reuse: bool = True,
+        deterministic: bool = False,
         max_waiting: int = 4096,
         stretch: float = STRETCH,
         warm_up: bool = False,
@@ -98,10 +100,13 @@ class Preparation:
                 self.config = config.sharded(self.ranks.size)
                 self._cuts = cuts(self.found.dense, config.cache_spec, self.ranks.size, self.ranks.rank)
             self.fast = self._has_kernels()
+            self.determinism = determinism_of(deterministic, self.fast, self.ranks.size)
             self.cuda_graphs, self.warm_up = cuda_graphs and self.fast, warm_up and self.fast
             self.step_rows = FAST_STEP_ROWS if self.fast else STEP_ROWS
             if self.ranks.splits_rows:  # experts see the rows of all ranks
                 self.step_rows = max(STEP_ROWS, self.step_rows // self.ranks.size)
+            if deterministic:  # a chunk is not cut to make room for answers
+                self.step_rows = max(self.step_rows, slots + CHUNK)
             tokenizer = Tokenizer.load(checkpoint.folder)
             media = _media_tokens(checkpoint.config)
             self.eos_token_ids = _eos_token_ids(checkpoint, tokenizer)
@@ -115,6 +120,7 @@ class Preparation:
                 dtype=self.dtype,
                 fp8=kv_dtype == "fp8",
                 scales=_kv_scales(checkpoint, found) if kv_dtype == "fp8" else {},
+                batch_invariant=self.determinism is Determinism.KERNELS,
             )
             self.plan = self._plan(self.config)
         except BaseException:
@@ -129,6 +135,8 @@ class Preparation:
 
     def _chunk(self) -> int:
         """Most rows of one sequence in a step. Where layers see a window, every slot's ring holds so many more."""
+        if self.determinism is not Determinism.OFF:
+            return CHUNK
         windows = [spec.window for spec in self.config.cache_spec.attention if spec.window]
         return min(self.step_rows, max(512, *windows)) if windows else self.step_rows
 
@@ -213,6 +221,7 @@ class Preparation:
                 dispatcher=self.ranks.dispatcher(experts.tables),
                 dtype=self.dtype,
                 fast=self.fast,
+                batch_invariant=self.determinism is Determinism.KERNELS,
                 sum_over_ranks=None if collectives is None else collectives.all_reduce,
             )
             return build_model(checkpoint.config, self.config, parts), experts

@@ -18,6 +18,7 @@ from moe_nvfp4.engine.orders import Build, Orders
 from moe_nvfp4.engine.scheduler import STRETCH
 from moe_nvfp4.engine.stepper import Stepper
 from moe_nvfp4.engine.warm_up import warm_up
+from moe_nvfp4.errors import RequestError
 from moe_nvfp4.expert_loads import ExpertLoads
 from moe_nvfp4.frontend import Frontend
 from moe_nvfp4.preparation import Preparation
@@ -53,6 +54,7 @@ class MoERunner(Frontend):
             fill_rows=prepared.step_rows if prepared.fast else 0,
             ranks=prepared.ranks,
             count_rows=prepared.count_experts,
+            determinism=prepared.determinism,
         )
         if prepared.warm_up:
             warm_up(self.stepper, prepared.step_rows, prepared.verbose)
@@ -88,6 +90,7 @@ class MoERunner(Frontend):
         cuda_graphs: bool = True,
         buckets: Sequence[int] | None = None,
         prefix_reuse: bool = True,
+        deterministic: bool = False,
         max_waiting: int = 4096,
         stretch: float = STRETCH,
         warm_up: bool = False,
@@ -104,9 +107,11 @@ class MoERunner(Frontend):
         Beyond max_batch_size requests at once, `max_waiting` may wait. `stretch`: a step of answers takes about
         so many times as long, at most, for the prompts beside it; math.inf cuts no prompts, which gives the most tokens
         a second and the longest gaps between them. `prefix_reuse`: what a prompt has in common with one before it is
-        not computed again. `warm_up`, on a GPU: compile and capture at once what prompts of any length need, and not
-        when the first of them comes. `count_experts`: count the rows that each expert takes, for `expert_loads`; one
-        launch more a layer. `of_a_group`: for one rank of several, see `Preparation`.
+        not computed again. `deterministic`: the same request gives the same tokens and log-probabilities, to the last
+        bit, whatever else runs (see determinism.py); slower, and for one rank only. `warm_up`, on a GPU: compile and
+        capture at once what prompts of any length need, and not when the first of them comes. `count_experts`: count
+        the rows that each expert takes, for `expert_loads`; one launch more a layer. `of_a_group`: for one rank of
+        several, see `Preparation`.
         """
         return Preparation(
             path_or_hub_id,
@@ -118,6 +123,7 @@ class MoERunner(Frontend):
             cuda_graphs=cuda_graphs,
             buckets=buckets,
             prefix_reuse=prefix_reuse,
+            deterministic=deterministic,
             max_waiting=max_waiting,
             stretch=stretch,
             warm_up=warm_up,
@@ -159,6 +165,11 @@ class MoERunner(Frontend):
 
     @prefill_chunk.setter
     def prefill_chunk(self, chunk: int) -> None:
+        if self.engine.scheduler.limits.whole_chunks:
+            raise RequestError(
+                f"prefill_chunk: got {chunk!r:.40}; with deterministic=True it stays {self.prefill_chunk}, since "
+                "prompts cut otherwise give other bits. Leave one of the two out."
+            )
         self.engine.scheduler.limits = replace(self.engine.scheduler.limits, chunk=chunk)
 
     def close(self) -> None:

@@ -74,7 +74,7 @@ class Device:
         truth = self.truth.setdefault(sequence.ident, list(sequence.tokens))
         chain = self.chains.setdefault(sequence.ident, [ROOT])
         # As the loop does: a decode step takes the slot's token, a mixed one only where the host does not know it.
-        known = [] if decodes_only else sequence.tokens[rows.start : end]
+        known = [] if decodes_only and not rows.recomputes else sequence.tokens[rows.start : end]
         tokens = known or [self.last_tokens[slot]]
         assert tokens == truth[rows.start : end], "a row computes another token than the one that follows"
         for token in truth[len(chain) - 1 : end]:
@@ -109,12 +109,62 @@ class Device:
         return token
 
 
+class PieceDevice(Device):
+    """Knows also in which piece of its sequence a place was computed: with whole chunks that follows from prompt and
+    place alone, whoever computed it."""
+
+    def __init__(self, scheduler: Scheduler, vocabulary: int) -> None:
+        super().__init__(scheduler, vocabulary)
+        self.chunk = scheduler.limits.chunk
+        self.pieces: dict[tuple[int, int, int], tuple[int, int]] = {}  # group, page, place: start and end
+        self.ends: dict[int, int] = {}  # slot: start of the piece after which its states are
+        self.line_ends: dict[int, int] = {}
+
+    def piece_of(self, sequence: Sequence, position: int) -> tuple[int, int]:
+        if position >= sequence.prompt_length:
+            return position, position + 1
+        start = position // self.chunk * self.chunk
+        return start, min(start + self.chunk, sequence.prompt_length)
+
+    def run(self, step: Step) -> list[int | None]:
+        for rows in step.rows:
+            if rows.restore is not None:
+                self.ends[rows.sequence.slot] = self.line_ends[rows.restore]
+        tokens = super().run(step)
+        for rows in step.rows:
+            if rows.snapshot is not None:
+                self.line_ends[rows.snapshot] = rows.start
+        return tokens
+
+    def _write(self, rows: Rows, decodes_only: bool, written: set[tuple[int, int, int]]) -> None:
+        super()._write(rows, decodes_only, written)
+        sequence, end = rows.sequence, rows.start + rows.count
+        assert (rows.start, end) == self.piece_of(sequence, rows.start), "a piece that depends on what else runs"
+        assert rows.decodes == (rows.start >= sequence.prompt_length), "a row takes another path than it did once"
+        for group in range(len(self.memory.groups)):
+            for position in range(rows.start, end):
+                self.pieces[self._place(group, sequence.slot, position)] = rows.start, end
+        if self.memory.snapshots is not None:
+            if rows.start:
+                before = self.piece_of(sequence, rows.start - 1)[0]
+                assert self.ends[sequence.slot] == before, "states after other pieces"
+            self.ends[sequence.slot] = rows.start
+
+    def _read(self, rows: Rows) -> None:
+        super()._read(rows)
+        sequence, end = rows.sequence, rows.start + rows.count
+        for group, (_, window) in enumerate(self.memory.groups):
+            for position in range(max(0, rows.start - window + 1) if window else 0, end):
+                place = self._place(group, sequence.slot, position)
+                assert self.pieces[place] == self.piece_of(sequence, position), "computed in another piece"
+
+
 class Server:
     """The engine's loop in small, with checks of every step."""
 
     def __init__(self, scheduler: Scheduler, depth: int, vocabulary: int = 97) -> None:
         self.scheduler, self.depth = scheduler, depth
-        self.device = Device(scheduler, vocabulary)
+        self.device = (PieceDevice if scheduler.limits.whole_chunks else Device)(scheduler, vocabulary)
         self.flights: deque[tuple[Step, list[int | None]]] = deque()
         self.answers: dict[int, list[int]] = {}
         self.sequences: list[Sequence] = []
@@ -138,7 +188,7 @@ class Server:
         check(self.scheduler, self.sequences)
         if step is not None:
             limits = self.scheduler.limits
-            assert sum(rows.count for rows in step.rows) <= max(limits.step_rows, limits.slots)
+            assert sum(rows.count for rows in step.rows) <= limits.most_rows
             assert all(0 < rows.count <= limits.chunk for rows in step.rows)
             self.flights.append((step, self.device.run(step)))
         if self.flights and (step is None or len(self.flights) >= self.depth):

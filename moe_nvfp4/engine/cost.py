@@ -49,6 +49,7 @@ class PromptBudget:
     rows: int
     cost: StepCost | None
     milliseconds: float = math.inf
+    untouched: bool = True
 
     def beside(self, answers: int, context: int, stretch: float) -> "PromptBudget":
         """So that a step of these answers, with `context` tokens in all, takes at most `stretch` times as long."""
@@ -64,7 +65,13 @@ class PromptBudget:
             return self.rows
         return min(self.rows, self.cost.rows_within(self.milliseconds, start))
 
+    def takes(self, start: int, rows: int) -> bool:
+        """Whether there is room for so many rows that must not be parted. The first ones may take longer than there is
+        time, since they would never come else."""
+        return rows <= self.rows and (self.untouched or rows <= self.most(start))
+
     def spend(self, start: int, rows: int) -> None:
+        self.untouched = False
         self.rows -= rows
         if self.cost is not None:
             self.milliseconds -= self.cost.prompt(start, rows)

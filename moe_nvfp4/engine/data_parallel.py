@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from moe_nvfp4.cache import PAGE
+from moe_nvfp4.determinism import Determinism
 from moe_nvfp4.engine.cost import USUAL
 from moe_nvfp4.engine.scheduler import Limits, QueueFull, Rows, Scheduler, Sequence, Step
 from moe_nvfp4.engine.sequence_memory import Memory, PageGroup, SequenceMemory
@@ -126,10 +127,13 @@ def scheduler_of(prepared: "Preparation") -> Scheduler | DataParallelScheduler:
         max_waiting=prepared.max_waiting,
         cost=USUAL if prepared.fast else None,
         stretch=prepared.stretch,
+        whole_chunks=prepared.determinism is not Determinism.OFF,
     )
+    stride = limits.chunk if limits.whole_chunks else None
 
     def one() -> Scheduler:
         snapshots = plan.snapshots if spec.delta else None
-        return Scheduler(SequenceMemory(groups, PAGE, snapshots, reuse=prepared.prefix_reuse), limits)
+        memory = SequenceMemory(groups, PAGE, snapshots, reuse=prepared.prefix_reuse, stride=stride)
+        return Scheduler(memory, limits)
 
     return DataParallelScheduler([one() for _ in range(ranks.size)], ranks.rank) if ranks.splits_rows else one()

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 
 from moe_nvfp4.engine.data_parallel import DataParallelScheduler
-from moe_nvfp4.engine.launch import launch
+from moe_nvfp4.engine.launch import SeparateResults, launch
 from moe_nvfp4.engine.orders import Call, Cancel, Close, Late, LocalOrders, Order, Orders, Sink, Submit, hand_out
 from moe_nvfp4.engine.scheduler import Scheduler, Sequence, Step
 from moe_nvfp4.engine.stats import Counters, EngineStats
@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 
 class Flight(NamedTuple):
     step: Step
-    result: StepResult
+    result: StepResult | SeparateResults
 
 
 class Engine:

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
 
+from moe_nvfp4.engine import chunks
+from moe_nvfp4.engine.chunks import SNAPSHOT_PAGES
 from moe_nvfp4.engine.cost import PromptBudget, StepCost
 from moe_nvfp4.engine.sequence_memory import Memory, SequenceMemory, TableChange
 
-SNAPSHOT_PAGES: Final = 4  # a shorter prefix is computed again faster than its states are copied
 # How much longer a step of answers may take for the prompts beside it. With 2.25 the 99th percentile between tokens is
 # 3.0 times the median on the adversarial trace of `bench schedule`, and 5.0 uncut.
 STRETCH: Final = 2.25
@@ -35,11 +36,17 @@ def _order(sequence: "Sequence") -> tuple[int, int]:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
     slots: int  # sequences at once
-    step_rows: int  # rows of a step; it has at least one for each slot
+    step_rows: int  # rows of a step, see `most_rows`
     chunk: int  # rows of one prompt in a step
     max_waiting: int
     cost: StepCost | None = None  # by which prompts beside answers are cut; None: not at all
     stretch: float = STRETCH
+    whole_chunks: bool = False  # pieces depend on their sequence alone: see chunks.py
+
+    @property
+    def most_rows(self) -> int:
+        """Of a step: at least one for each slot, and beside them a chunk that may not be cut."""
+        return max(self.step_rows, self.slots + (self.chunk if self.whole_chunks else 0))
 
 
 @dataclass(slots=True, eq=False)
@@ -92,9 +99,15 @@ class Rows:
     count: int
     samples: bool
     continues: bool = False  # one token, the one that this slot has given last
+    recomputes: bool = False  # one token of an answer, known, that is to be a decode row as it was the first time
     restore: int | None = None  # copy the states of this snapshot to the slot first
     snapshot: int | None = None  # copy the slot's states to this line afterwards
     changes: tuple[TableChange, ...] = ()
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is a token of an answer, mostly the one that its slot has given last."""
+        return self.continues or self.recomputes
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +116,7 @@ class Step:
 
     @property
     def decodes_only(self) -> bool:
-        """Whether each row takes the token that its slot has given last."""
-        return all(rows.continues for rows in self.rows)
+        return all(rows.decodes for rows in self.rows)
 
 
 class QueueFull(Exception):
@@ -179,9 +191,10 @@ class Scheduler:
         """The next step, or None when there is nothing to compute now. What it gives is to be launched."""
         planned: list[Rows] = []
         # Those that hold a slot and do not answer yet leave at least one row to prompts.
-        answering = [s for s in self.running if s.computed + 1 == s.length and not s.ends_by_length]
-        limits, context = self.limits, sum(sequence.computed for sequence in answering)
-        budget = PromptBudget(max(limits.step_rows, limits.slots) - len(answering), limits.cost)
+        limits = self.limits
+        answering = [s for s in self.running if chunks.takes_one_row(s, limits) and not s.ends_by_length]
+        context = sum(sequence.computed for sequence in answering)
+        budget = PromptBudget(limits.most_rows - len(answering), limits.cost)
         budget.beside(len(answering), context, limits.stretch)
         for sequence in tuple(self.running):
             left = sequence.length - sequence.computed
@@ -190,16 +203,18 @@ class Scheduler:
                 continue
             if sequence.stepwise and sequence.in_flight:
                 continue
-            if left == 1:
+            if chunks.takes_one_row(sequence, limits):
                 if self._grow(sequence, 1):
                     planned.append(self._rows(sequence, 1))
-            elif (most := budget.most(sequence.computed)) and (rows := self._plan_chunk(sequence, most)) is not None:
-                planned.append(rows)
+            elif (count := chunks.next_rows(sequence, budget, limits, self.memory)) and self._grow(sequence, count):
+                planned.append(rows := self._rows(sequence, count))
                 budget.spend(rows.start, rows.count)
-        while budget.most(0) and (first := self._admit()) is not None:
+        while (first := self._admit(budget)) is not None:
             restore = self._begin(first)
-            rows = self._plan_chunk(first, max(1, budget.most(first.computed)), restore)
-            assert rows is not None, "it was admitted because there is room"
+            count = chunks.first_rows(first, budget, limits, self.memory)
+            if not self._grow(first, count):
+                raise AssertionError("it was admitted because there is room")
+            rows = self._rows(first, count, restore)
             planned.append(rows)
             budget.spend(rows.start, rows.count)
         self.memory.publish()
@@ -217,52 +232,35 @@ class Scheduler:
         sequence.in_flight -= 1
         sequence.tokens.append(token)
         if sequence.memory is not None:
-            self.memory.offer(sequence.memory, sequence.tokens, sequence.computed)
+            self.memory.offer(sequence.memory, sequence.tokens, chunks.findable(sequence, self.limits))
 
     def _rows(self, sequence: Sequence, count: int, restore: int | None = None) -> Rows:
-        memory = sequence.memory
+        memory, limits = sequence.memory, self.limits
         assert memory is not None
         start, sequence.computed = sequence.computed, sequence.computed + count
         if sequence.answering:  # the usual row of a long answer
             changes = tuple(memory.take_changes()) if memory.changes else ()
-            self.memory.offer(memory, sequence.tokens, sequence.computed)
+            self.memory.offer(memory, sequence.tokens, chunks.findable(sequence, limits))
             pages, rest = divmod(sequence.computed, self.memory.page)
-            line = None if rest or pages < SNAPSHOT_PAGES else self.memory.snapshot_answer(memory, sequence.computed)
+            keeps = not rest and pages >= SNAPSHOT_PAGES and not limits.whole_chunks
+            line = self.memory.snapshot_answer(memory, sequence.computed) if keeps else None
             return Rows(sequence, start, 1, True, True, snapshot=line, changes=changes)
         snapshot, end = None, sequence.computed
-        if SNAPSHOT_PAGES * self.memory.page <= end <= sequence.prompt_length:
-            passing = end not in self._stops(sequence)
+        if chunks.wants_snapshot(sequence, end, limits, self.memory.page):
+            passing = end not in chunks.stops(sequence, limits, self.memory.page)
             snapshot = self.memory.snapshot(memory, sequence.tokens, end, passing=passing)
-        self.memory.offer(memory, sequence.tokens, end)
-        changes = tuple(memory.take_changes())
-        return Rows(sequence, start, count, end == sequence.length, False, restore, snapshot, changes)
-
-    def _stops(self, sequence: Sequence) -> tuple[int, int]:
-        """Where chunks of a prompt end for the sake of a snapshot: after what others had too, and after the last page
-        that one with the same prompt could go on from."""
-        return sequence.shared, (sequence.prompt_length - 1) // self.memory.page * self.memory.page
+        self.memory.offer(memory, sequence.tokens, chunks.findable(sequence, limits))
+        changes, recomputes = tuple(memory.take_changes()), chunks.is_recomputed(sequence, start, limits)
+        return Rows(sequence, start, count, end == sequence.length, False, recomputes, restore, snapshot, changes)
 
     def _begin(self, sequence: Sequence) -> int | None:
         """Looked up as late as possible: what came before in this very step may be reused."""
-        memory, reused, restore, matched = self.memory.begin(sequence.tokens, sequence.keys)
+        searchable = chunks.searchable(sequence, self.limits)
+        memory, reused, restore, matched = self.memory.begin(sequence.tokens, sequence.keys, searchable)
         sequence.memory, sequence.computed, sequence.shared = memory, reused, matched
         if not sequence.preemptions:
             sequence.reused = reused
         return restore
-
-    def _plan_chunk(self, sequence: Sequence, budget: int, restore: int | None = None) -> Rows | None:
-        """Rows of a prompt, or of an answer that is computed again; None where it lost its place."""
-        left, page = sequence.length - sequence.computed, self.memory.page
-        count = min(left, budget, self.limits.chunk)
-        if self.memory.takes_snapshots:
-            # States can be reused only from where they were copied, and only from the end of a page.
-            for stop in self._stops(sequence):
-                if sequence.computed < stop and stop >= SNAPSHOT_PAGES * page:
-                    count = min(count, stop - sequence.computed)
-            aligned = (sequence.computed + count) // page * page
-            if count < left and aligned > sequence.computed:
-                count = aligned - sequence.computed
-        return self._rows(sequence, count, restore) if self._grow(sequence, count) else None
 
     def _grow(self, sequence: Sequence, count: int) -> bool:
         """Makes room for the next rows of a sequence, at the cost of those after it, none of which is planned yet.
@@ -276,14 +274,18 @@ class Scheduler:
             self._preempt(self.running[-1])
         return False
 
-    def _admit(self) -> Sequence | None:
-        """The first waiting sequence, if there are a slot and, beside what runs, pages for its tokens."""
+    def _admit(self, budget: PromptBudget) -> Sequence | None:
+        """The first waiting sequence, if the step has room for it, and there are a slot and, beside what runs, pages
+        for its tokens."""
         if not self.waiting or not self._free_slots:
             return None
-        first = self.waiting[0]
-        if first.in_flight or not self.memory.has_room(first.tokens, first.keys, self.limits.chunk, self._reserved()):
+        first, limits = self.waiting[0], self.limits
+        if first.in_flight or not chunks.may_begin(first, budget, limits):
             return None
-        if self.memory.better_soon(first.tokens, first.keys):
+        searchable = chunks.searchable(first, limits)
+        if not self.memory.has_room(first.tokens, first.keys, limits.chunk, self._reserved(), searchable):
+            return None
+        if self.memory.better_soon(first.tokens, first.keys, searchable):
             return None
         del self.waiting[0]
         first.slot = self._free_slots.pop()

@@ -57,10 +57,21 @@ class Beginning(NamedTuple):
 
 
 class SequenceMemory:
-    """All pages and snapshots of one model. `snapshots`: lines for states, None where no layer is recurrent."""
+    """All pages and snapshots of one model. `snapshots`: lines for states, None where no layer is recurrent. `stride`:
+    tokens after whose multiples a sequence may go on from what others left there; default: a page."""
 
-    def __init__(self, groups: Sequence[PageGroup], page: int, snapshots: int | None = None, *, reuse: bool = True):
+    def __init__(
+        self,
+        groups: Sequence[PageGroup],
+        page: int,
+        snapshots: int | None = None,
+        *,
+        reuse: bool = True,
+        stride: int | None = None,
+    ):
         self.page, self.reuse = page, reuse
+        assert (stride or page) % page == 0, f"a stride of {stride} tokens is no number of pages of {page}"
+        self._stride = (stride or page) // page
         self.groups = list(groups)
         self.pools = [PagePool(group.pages) for group in groups]
         self.snapshots = None if snapshots is None else PagePool(snapshots)
@@ -79,11 +90,11 @@ class SequenceMemory:
     def empty(self, keys: list[bytes] | None = None) -> Memory:
         return Memory([[] for _ in self.groups], [] if keys is None else keys, dropped=[0] * len(self.groups))
 
-    def begin(self, tokens: Sequence[int], keys: list[bytes] | None = None) -> Beginning:
-        """Pages of the longest reusable prefix that leaves at least one token to compute. `keys`: those of the tokens,
-        as far as they are known; the sequence's memory extends them."""
+    def begin(self, tokens: Sequence[int], keys: list[bytes] | None = None, searchable: int | None = None) -> Beginning:
+        """Pages of the longest reusable prefix that leaves at least one token to compute, of all or of so many
+        `searchable` ones. `keys`: those of the tokens, as far as they are known; the sequence's memory extends them."""
         memory = self.empty(keys)
-        matched, count = self._reusable(memory.keys, tokens)
+        matched, count = self._reusable(memory.keys, tokens, searchable)
         for group, pool in zip(range(len(self.groups)), self.pools, strict=True):
             first = self._first_page(group, count * self.page)
             for index in range(count):
@@ -101,25 +112,33 @@ class SequenceMemory:
             self.snapshots.drop(line)
         return Beginning(memory, count * self.page, line, matched * self.page)
 
-    def has_room(self, tokens: Sequence[int], keys: list[bytes], chunk: int, reserved: Sequence[int]) -> bool:
+    def has_room(
+        self,
+        tokens: Sequence[int],
+        keys: list[bytes],
+        chunk: int,
+        reserved: Sequence[int],
+        searchable: int | None = None,
+    ) -> bool:
         """Whether a sequence can begin and get one token: `reserved` pages are promised to others. Pages that it would
         share with those who run are not counted."""
         needed = self.pages_for(len(tokens) + 1, chunk)
         free = [pool.available - promised for pool, promised in zip(self.pools, reserved, strict=True)]
         if all(pages <= there for pages, there in zip(needed, free, strict=True)):
             return True
-        _, count = self._reusable(keys, tokens)
+        _, count = self._reusable(keys, tokens, searchable)
         for group, pool in enumerate(self.pools):
             if not self.groups[group].window:
                 needed[group] -= sum(pool.holds(key) for key in keys[:count])
         return all(pages <= there for pages, there in zip(needed, free, strict=True))
 
-    def better_soon(self, tokens: Sequence[int], keys: list[bytes]) -> bool:
+    def better_soon(self, tokens: Sequence[int], keys: list[bytes], searchable: int | None = None) -> bool:
         """Whether this step leaves a snapshot that reaches further into these tokens than what can be reused now."""
         if not self._planned:
             return False
-        _, count = self._reusable(keys, tokens)
-        return any(key in self._planned for key in keys[count : (len(tokens) - 1) // self.page])
+        _, count = self._reusable(keys, tokens, searchable)
+        most = ((len(tokens) if searchable is None else searchable) - 1) // self.page
+        return any(key in self._planned for key in keys[count:most])
 
     def grow(self, memory: Memory, first_row: int, length: int) -> bool:
         """Pages for rows `first_row` to `length`, and none that they do not see. False, and no page taken, if there
@@ -213,19 +232,20 @@ class SequenceMemory:
             pool.check()
         assert not self._planned, "a step's snapshots were not published"
 
-    def _reusable(self, keys: list[bytes], tokens: Sequence[int]) -> tuple[int, int]:
+    def _reusable(self, keys: list[bytes], tokens: Sequence[int], searchable: int | None) -> tuple[int, int]:
         """Leading pages that are there in full attention, and how many of them a sequence can go on after."""
         if not self.reuse or (self.snapshots is not None and not self.takes_snapshots):
             return 0, 0
-        most = (len(tokens) - 1) // self.page  # at least one token is left to compute
+        # At least one token is left to compute.
+        most = ((len(tokens) if searchable is None else searchable) - 1) // self.page
         self._extend_keys(keys, tokens, most)
         full = [pool for pool, group in zip(self.pools, self.groups, strict=True) if not group.window]
         matched = 0
         while matched < most and all(pool.find(keys[matched]) is not None for pool in full):
             matched += 1
-        count = matched
+        count = matched // self._stride * self._stride
         while count and (shorter := self._shortened(keys, count)) != count:
-            count = shorter
+            count = shorter // self._stride * self._stride
         return matched, count
 
     def _shortened(self, keys: Sequence[bytes], count: int) -> int:

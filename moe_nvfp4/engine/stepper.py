@@ -11,6 +11,7 @@ sequences of its own, every rank brings as many rows, padding included, and lear
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from moe_nvfp4.batch import Batch, Piece
 from moe_nvfp4.cache import SequenceCache
+from moe_nvfp4.determinism import Determinism
 from moe_nvfp4.engine.compile_ahead import compile_ahead
 from moe_nvfp4.engine.penalties import Penalties
 from moe_nvfp4.engine.step_buffers import DecodeRow, StepBuffers
@@ -82,9 +84,12 @@ class Stepper:
         fill_rows: int = 0,
         ranks: Ranks = ALONE,
         count_rows: bool = False,
+        determinism: Determinism = Determinism.OFF,
     ):
         self.model, self.cache, self.device, self.buckets = model, cache, device, sorted(buckets)
         self.ranks, self._tells_rows = ranks, ranks.size > 1 or count_rows
+        self.determinism = determinism
+        self._logprobs = partial(logprobs, batch_invariant=determinism is not Determinism.OFF)
         self._lines = ranks.size if ranks.splits_rows else 1  # ranks with sequences of their own
         self._line = ranks.rank if ranks.splits_rows else 0
         self.penalties = Penalties(cache.slots, device)
@@ -157,7 +162,7 @@ class Stepper:
         if continued:
             places, slots = upload([continued, [pieces[index].slot for index in continued]], self.device)
             batch.token_ids.index_copy_(0, batch.last_rows[places].long(), self.last_tokens[slots])
-        logits = self.model.logits(self.model.forward(batch, self.cache)[batch.last_rows])
+        logits = self.determinism.alike(self.model.logits(self.model.forward(batch, self.cache)[batch.last_rows]))
         wanted, targets = sampling_rows(samplers, self.device), [piece.slot for piece in pieces]
         params = [SamplingParams() if sampler is None else sampler.params for sampler in samplers]
         if masks is not None or any(one.changes_logits for one in params):
@@ -196,12 +201,12 @@ class Stepper:
         """`count`: of this rank's rows, the first ones that matter."""
         if whole is None:
             sampled = Sampled(*(part[self._line, :count] for part in sampled))
-            return _in_flight(sampled, None if top is None else logprobs(logits[:count], sampled.token_ids, top))
+            return _in_flight(sampled, None if top is None else self._logprobs(logits[:count], sampled.token_ids, top))
         size = sampled.token_ids.shape[1]
         order = [rank * size + index for rank, index in whole.places]
         tops = None
         if top is not None:
-            own = logprobs(logits, sampled.token_ids[self._line][: len(logits)], top)
+            own = self._logprobs(logits, sampled.token_ids[self._line][: len(logits)], top)
             (places,) = upload([order], self.device)
             tops = Logprobs(*(self.ranks.gather(part, size)[places] for part in own))
         return _in_flight(Sampled(*(part.flatten() for part in sampled)), tops, order)
@@ -231,7 +236,7 @@ class Stepper:
     def _run(self, buffers: StepBuffers) -> None:
         slots = buffers.rows.slots
         batch = Batch(self.last_tokens[slots], buffers.rows, buffers.rows.starts[:-1], buffers.step)
-        buffers.logits = self.model.logits(self.model.forward(batch, self.cache))
+        buffers.logits = self.determinism.alike(self.model.logits(self.model.forward(batch, self.cache)))
         buffers.sampled = self._share(sample(buffers.logits, buffers.sampling), len(slots))
         self.last_tokens[slots] = buffers.sampled.token_ids[self._line]
         positions_and_lengths, live = buffers.flat[0:2], buffers.flat[3]

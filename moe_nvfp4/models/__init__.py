@@ -11,7 +11,7 @@ from moe_nvfp4.batch import Batch
 from moe_nvfp4.cache import CacheSpec, SequenceCache
 from moe_nvfp4.errors import CheckpointError
 from moe_nvfp4.expert_buffers import ExpertBuffers
-from moe_nvfp4.kernels.linear import DenseWeight, Summed
+from moe_nvfp4.kernels.linear import DenseWeight, Invariant, Projection, Summed
 from moe_nvfp4.layouts import Config
 from moe_nvfp4.routing.dispatch import Dispatcher
 
@@ -83,18 +83,23 @@ class Parts:
     dispatcher: Dispatcher
     dtype: torch.dtype
     fast: bool  # bfloat16 on a GPU: stack weights that share their input
+    batch_invariant: bool = False  # ask kernels for rows whose bits do not depend on the other rows
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None  # where each rank has some of the heads
 
-    def take(self, name: str) -> DenseWeight:
-        return self.weights.pop(name)
+    def take(self, name: str) -> DenseWeight | Invariant:
+        return self.projection(self.weights.pop(name))
 
-    def from_heads(self, name: str) -> DenseWeight | Summed:
+    def projection(self, weight: DenseWeight) -> DenseWeight | Invariant:
+        """A weight as `linear` is to take it."""
+        return Invariant(weight) if self.batch_invariant else weight
+
+    def from_heads(self, name: str) -> Projection | Summed:
         """A projection that takes what heads give."""
         weight = self.take(name)
         return weight if self.sum_over_ranks is None else Summed(weight, self.sum_over_ranks)
 
     def plain(self, name: str) -> torch.Tensor:
-        weight = self.take(name)
+        weight = self.weights.pop(name)
         assert isinstance(weight, torch.Tensor), name
         return weight
 

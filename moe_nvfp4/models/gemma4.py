@@ -13,7 +13,7 @@ import torch
 from moe_nvfp4.batch import Batch
 from moe_nvfp4.cache import AttentionSpec, CacheSpec, SequenceCache
 from moe_nvfp4.kernels.heads import norm_rope_store
-from moe_nvfp4.kernels.linear import DenseWeight, Stacked, Summed, embedding, linear, stack
+from moe_nvfp4.kernels.linear import Projection, Summed, embedding, linear, stack
 from moe_nvfp4.kernels.paged_attention import paged_attention
 from moe_nvfp4.kernels.paged_kv import PagedKV
 from moe_nvfp4.kernels.residual_norms import Norm, residual_norms
@@ -115,8 +115,8 @@ def config_of(config: Config) -> Gemma4Config:
 class Attention:
     heads: AttentionHeads
     window: int  # 0: full attention
-    qkv: DenseWeight | Stacked  # without v where values are the keys
-    o: DenseWeight | Summed
+    qkv: Projection  # without v where values are the keys
+    o: Projection | Summed
     q_norm: torch.Tensor
     k_norm: torch.Tensor
     inv_freq: torch.Tensor
@@ -145,7 +145,8 @@ class MoE:
     beside: Beside
 
     def forward(self, routed_TH: torch.Tensor, x_TH: torch.Tensor, step: StepRows | None) -> torch.Tensor:
-        routes = route(routed_TH, self.router, self.experts_per_token, normalise=True)
+        invariant = self.routed.batch_invariant
+        routes = route(routed_TH, self.router, self.experts_per_token, normalise=True, batch_invariant=invariant)
         return self.routed.forward(x_TH, routes, step)
 
 
@@ -189,7 +190,7 @@ class Gemma4:
     embed_scale: torch.Tensor
     layers: tuple[Layer, ...]
     norm: Norm
-    head: DenseWeight
+    head: Projection
     dtype: torch.dtype
 
     @property
@@ -243,7 +244,7 @@ def build(config: Gemma4Config, parts: Parts) -> Gemma4:
         embed_scale=torch.tensor(config.hidden_size**0.5, dtype=parts.dtype, device=embed.device),
         layers=tuple(_layer(config, parts, index, beside) for index in range(len(config.heads))),
         norm=Norm(parts.plain("norm.weight"), config.eps),
-        head=embed if config.tied else parts.take("lm_head.weight"),
+        head=parts.projection(embed) if config.tied else parts.take("lm_head.weight"),
         dtype=parts.dtype,
     )
 

@@ -9,7 +9,7 @@ import torch
 
 from moe_nvfp4.expert_buffers import LayerExperts
 from moe_nvfp4.kernels.gated import gated
-from moe_nvfp4.kernels.linear import DenseWeight, Stacked, linear, stack
+from moe_nvfp4.kernels.linear import Projection, linear, stack
 from moe_nvfp4.kernels.route import Routes
 from moe_nvfp4.kernels.routed_experts import routed_experts
 from moe_nvfp4.models import Parts
@@ -18,8 +18,8 @@ from moe_nvfp4.routing.dispatch import Dispatcher, StepRows
 
 @dataclass(frozen=True, slots=True)
 class GatedMLP:
-    gate_up: DenseWeight | Stacked
-    down: DenseWeight
+    gate_up: Projection
+    down: Projection
     activation: str
 
     @classmethod
@@ -38,17 +38,24 @@ class RoutedExperts:
     dispatcher: Dispatcher
     activation: str
     among: int  # experts of the layer on all ranks, replicas counted
+    batch_invariant: bool
 
     @classmethod
     def of(cls, parts: Parts, layer: int, activation: str) -> "RoutedExperts":
         among = sum(map(len, parts.experts.placement.slots[layer]))
-        return cls(layer, parts.experts.layers[layer], parts.dispatcher, activation, among)
+        return cls(layer, parts.experts.layers[layer], parts.dispatcher, activation, among, parts.batch_invariant)
 
     def forward(self, x_TH: torch.Tensor, routes: Routes, step: StepRows | None) -> torch.Tensor:
         rows_TH, (ids_TK, weights_TK), handle = self.dispatcher.dispatch(self.layer, x_TH, routes, step)
         if self.experts.up.shape[0]:
             y_TH = routed_experts(
-                rows_TH, *self.experts.projections, ids_TK, weights_TK, self.activation, among=self.among
+                rows_TH,
+                *self.experts.projections,
+                ids_TK,
+                weights_TK,
+                self.activation,
+                among=self.among,
+                batch_invariant=self.batch_invariant,
             )
         else:  # this rank has none of the layer's experts
             y_TH = torch.zeros_like(rows_TH)

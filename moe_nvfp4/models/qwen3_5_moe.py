@@ -14,7 +14,7 @@ from moe_nvfp4.cache import AttentionSpec, CacheSpec, DeltaSpec, SequenceCache
 from moe_nvfp4.kernels.delta_net import DeltaState, DeltaWeights, delta_net
 from moe_nvfp4.kernels.gated import add_gated_share
 from moe_nvfp4.kernels.heads import norm_rope_store
-from moe_nvfp4.kernels.linear import DenseWeight, Stacked, Summed, embedding, linear, stack
+from moe_nvfp4.kernels.linear import Projection, Summed, embedding, linear, stack
 from moe_nvfp4.kernels.norm_linear import norm_linear
 from moe_nvfp4.kernels.paged_attention import paged_attention
 from moe_nvfp4.kernels.paged_kv import PagedKV
@@ -121,13 +121,13 @@ def config_of(config: Config) -> Qwen35MoeConfig:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    qkv: DenseWeight | Stacked  # rows of q: each head's query, then its gate
-    out: DenseWeight | Summed
+    qkv: Projection  # rows of q: each head's query, then its gate
+    out: Projection | Summed
     q_norm: torch.Tensor
     k_norm: torch.Tensor
 
     @property
-    def projections(self) -> list[DenseWeight | Stacked]:
+    def projections(self) -> list[Projection]:
         return [self.qkv]
 
     def forward(
@@ -146,13 +146,13 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class DeltaNet:
-    qkv_z: DenseWeight | Stacked
-    b_a: DenseWeight | Stacked
+    qkv_z: Projection
+    b_a: Projection
     delta: DeltaWeights
-    out: DenseWeight | Summed
+    out: Projection | Summed
 
     @property
-    def projections(self) -> list[DenseWeight | Stacked]:
+    def projections(self) -> list[Projection]:
         return [self.qkv_z, self.b_a]
 
     def forward(
@@ -180,10 +180,17 @@ class MoE:
     routed: RoutedExperts
     experts_per_token: int
     shared: GatedMLP | None
-    shared_gate: torch.Tensor | None
+    shared_gate: Projection | None
 
     def forward(self, x_TH: torch.Tensor, step: StepRows | None) -> torch.Tensor:
-        routes = route(x_TH, self.router, self.experts_per_token, normalise=True, shared=self.shared is None)
+        routes = route(
+            x_TH,
+            self.router,
+            self.experts_per_token,
+            normalise=True,
+            shared=self.shared is None,
+            batch_invariant=self.routed.batch_invariant,
+        )
         y_TH = self.routed.forward(x_TH, routes, step)
         if self.shared is None or self.shared_gate is None:
             return y_TH
@@ -204,7 +211,7 @@ class Qwen35Moe:
     embed: torch.Tensor
     layers: tuple[Layer, ...]
     norm: Norm
-    head: DenseWeight
+    head: Projection
     inv_freq: torch.Tensor
     dtype: torch.dtype
 
@@ -259,7 +266,7 @@ def build(config: Qwen35MoeConfig, parts: Parts) -> Qwen35Moe:
         embed=embed,
         layers=tuple(_layer(config, parts, index) for index in range(len(config.full_attention))),
         norm=Norm(parts.plain("norm.weight"), config.eps, offset=True),
-        head=embed if config.tied else parts.take("lm_head.weight"),
+        head=parts.projection(embed) if config.tied else parts.take("lm_head.weight"),
         inv_freq=frequencies(config.rope_theta, config.rotated).to(embed.device),
         dtype=parts.dtype,
     )
@@ -305,4 +312,4 @@ def _moe(config: Qwen35MoeConfig, parts: Parts, index: int, at: str) -> MoE:
     if parts.experts.placement.num_experts > config.num_experts:
         return MoE(torch.cat((router, gate)), routed, config.experts_per_token, None, None)
     shared = GatedMLP.of(parts, at + "shared_expert.", config.activation)
-    return MoE(router, routed, config.experts_per_token, shared, gate)
+    return MoE(router, routed, config.experts_per_token, shared, parts.projection(gate))

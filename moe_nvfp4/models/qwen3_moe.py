@@ -12,7 +12,7 @@ import torch
 from moe_nvfp4.batch import Batch
 from moe_nvfp4.cache import AttentionSpec, CacheSpec, SequenceCache
 from moe_nvfp4.kernels.heads import norm_rope_store
-from moe_nvfp4.kernels.linear import DenseWeight, Stacked, Summed, embedding, linear, stack
+from moe_nvfp4.kernels.linear import Projection, Summed, embedding, linear, stack
 from moe_nvfp4.kernels.norm_linear import norm_linear
 from moe_nvfp4.kernels.paged_attention import paged_attention
 from moe_nvfp4.kernels.paged_kv import PagedKV
@@ -104,8 +104,8 @@ def config_of(config: Config) -> Qwen3MoeConfig:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    qkv: DenseWeight | Stacked
-    o: DenseWeight | Summed
+    qkv: Projection
+    o: Projection | Summed
     q_norm: torch.Tensor
     k_norm: torch.Tensor
 
@@ -127,7 +127,8 @@ class MoE:
     normalise: bool
 
     def forward(self, x_TH: torch.Tensor, step: StepRows | None) -> torch.Tensor:
-        routes = route(x_TH, self.router, self.experts_per_token, normalise=self.normalise)
+        invariant = self.routed.batch_invariant
+        routes = route(x_TH, self.router, self.experts_per_token, normalise=self.normalise, batch_invariant=invariant)
         return self.routed.forward(x_TH, routes, step)
 
 
@@ -145,7 +146,7 @@ class Qwen3Moe:
     embed: torch.Tensor
     layers: tuple[Layer, ...]
     norm: Norm
-    head: DenseWeight
+    head: Projection
     inv_freq: torch.Tensor
     dtype: torch.dtype
 
@@ -199,7 +200,7 @@ def build(config: Qwen3MoeConfig, parts: Parts) -> Qwen3Moe:
         embed=embed,
         layers=tuple(_layer(config, parts, index) for index in range(config.num_layers)),
         norm=Norm(parts.plain("norm.weight"), config.eps),
-        head=embed if config.tied else parts.take("lm_head.weight"),
+        head=parts.projection(embed) if config.tied else parts.take("lm_head.weight"),
         inv_freq=frequencies(config.rope_theta, config.head_dim).to(embed.device),
         dtype=parts.dtype,
     )
