@@ -30,6 +30,7 @@ from moe_nvfp4.launch.bench_model import (
     timed_steps,
 )
 from moe_nvfp4.launch.rendezvous import Place, end_of_start, find_store, join_ranks
+from moe_nvfp4.parallel import ALONE, Ranks
 from moe_nvfp4.runner import MoERunner
 
 CHECKED_STEPS: Final = 8
@@ -98,7 +99,8 @@ class Rank:
     def __init__(self, place: Place, settings: Settings, tell: Callable[..., None]):
         self._settings, self._place, self._tell = settings, place, tell
         device = torch.device("cpu") if settings.device == "cpu" else torch.device("cuda", place.rank)
-        self._ranks, self._counted = None, None
+        self._ranks: Ranks = ALONE
+        self._counted: CountedCollectives | None = None
         if place.size > 1:
             if settings.device == "cpu":
                 torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.size))
@@ -151,7 +153,7 @@ class Rank:
         return f"  tokens as one rank's: {same}; others at most {behind:.2g} of the way to its 20th{words}"
 
     def _shares(self, batch: int) -> Shares:
-        return Shares((batch,), 0) if self._ranks is None else Shares.of(batch, self._ranks)
+        return Shares.of(batch, self._ranks)
 
     def _checked(self, batch: int, expected: Checked | None) -> Checked:
         """Each step goes on from one rank's tokens: one that differs by a rounding does not change all that follow."""
@@ -199,7 +201,7 @@ class Rank:
         return figures
 
     def _exchanges(self, rows: Sequence[DecodeRow], shares: Shares, step: float) -> list[dict[str, Any]]:
-        assert self._counted is not None and self._ranks is not None
+        assert self._counted is not None
         seen = exchanges_of_a_step(self._runner, self._counted, rows, shares.whole())
         device, size, layers = self._runner.device, self._ranks.size, self._runner.model.num_layers
         return time_exchanges(seen, self._collectives, device, size=size, layers=layers, step=step)

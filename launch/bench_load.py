@@ -10,6 +10,7 @@ import torch
 
 from moe_nvfp4.checkpoint import Checkpoint
 from moe_nvfp4.preparation import Preparation
+from moe_nvfp4.settings import RunnerSettings
 
 BLOCK_BYTES = 8 << 20
 
@@ -65,7 +66,7 @@ def bench_load(model: str, device: str | None, dtype: str | None, runs: int) -> 
     for _ in range(runs):
         _empty_device()
         started = time.perf_counter()
-        prepared = Preparation(model, device=device, dtype=dtype, max_batch_size=1, max_seq_len=None, verbose=False)
+        prepared = Preparation(model, RunnerSettings(device=device, dtype=dtype, max_batch_size=1, verbose=False))
         opens.append(time.perf_counter() - started)
         on_gpu = prepared.device.type == "cuda"
         before = torch.cuda.memory_allocated(prepared.device) if on_gpu else 0

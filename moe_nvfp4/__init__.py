@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moe_nvfp4.expert_buffers import ExpertBuffers
     from moe_nvfp4.runner import MoERunner
     from moe_nvfp4.sampling import SamplingParams
+    from moe_nvfp4.settings import RunnerSettings
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "MoeNvfp4Error",
     "QueueFullError",
     "RequestError",
+    "RunnerSettings",
     "SamplingParams",
 ]
 
@@ -49,6 +51,7 @@ _HOMES = {
     "MoeNvfp4Error": "errors",
     "QueueFullError": "errors",
     "RequestError": "errors",
+    "RunnerSettings": "settings",
     "SamplingParams": "sampling",
 }
 

@@ -14,8 +14,6 @@ from moe_nvfp4.checkpoint import Checkpoint
 from moe_nvfp4.dense_weights import load_dense, read_dense_scales
 from moe_nvfp4.determinism import CHUNK, Determinism, determinism_of
 from moe_nvfp4.engine.penalties import BYTES_PER_TOKEN
-from moe_nvfp4.engine.scheduler import STRETCH
-from moe_nvfp4.engine.stepper import buckets_up_to
 from moe_nvfp4.errors import CheckpointError, RequestError
 from moe_nvfp4.expert_buffers import ExpertBuffers, num_experts
 from moe_nvfp4.grammar import Grammars
@@ -28,6 +26,7 @@ from moe_nvfp4.parallel import ALONE, Ranks
 from moe_nvfp4.prompts import PromptEncoder
 from moe_nvfp4.routing.placement import Placement
 from moe_nvfp4.row_graphs import row_buckets
+from moe_nvfp4.settings import RunnerSettings
 from moe_nvfp4.sharding import Cut, cuts, shard
 from moe_nvfp4.survey import Survey, survey_checkpoint
 from moe_nvfp4.tokenizer import Tokenizer
@@ -35,63 +34,35 @@ from moe_nvfp4.tokenizer import Tokenizer
 # New tokens of one step. On a GPU experts are near their best rate from some thousand rows on; torch's attention, which
 # serves elsewhere, holds scores of all heads, rows and positions.
 STEP_ROWS, FAST_STEP_ROWS = 512, 4096
-DEFAULT_SEQ_LEN = 4096
 MAX_SNAPSHOTS = 16  # of recurrent states, 63 MB each for Qwen3.6-35B
-MAX_BATCH_SIZE = 4096
 GRAPH_BYTES = 15 << 20  # of the graphs of one number of rows; 0.57 GB of 39 on an H200, for 30 layers and for 40
-KV_DTYPES = ("auto", "fp8")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Preparation:
     """A checkpoint that can be loaded on a device as planned. `load_model` then takes the memory.
 
     With `ranks` it is one rank's part of a group, in which all ranks prepare, load and step together. `placement` says
-    which rank has which experts of each layer (default: even, a shared expert on all of them), or `spare_experts` gives
-    every rank so many replicas more, whose slots `Rebalancing` may use otherwise. `count_experts`: count the rows of
-    each expert. In a group `max_batch_size` counts the sequences of all ranks.
+    which rank has which experts of each layer (default: even, a shared expert on all of them).
     """
 
     def __init__(
         self,
         path_or_hub_id: str | Path,
-        *,
-        device: str | torch.device | None,
-        dtype: str | torch.dtype | None,
-        max_batch_size: int,
-        max_seq_len: int | None,
-        kv_dtype: str = "auto",
-        cuda_graphs: bool = True,
-        buckets: Sequence[int] | None = None,
-        prefix_reuse: bool = True,
-        deterministic: bool = False,
-        max_waiting: int = 4096,
-        stretch: float = STRETCH,
-        warm_up: bool = False,
-        verbose: bool = True,
-        ranks: Ranks | None = None,
+        settings: RunnerSettings,
+        ranks: Ranks = ALONE,
         placement: Placement | None = None,
-        spare_experts: int = 0,
-        count_experts: bool = False,
     ):
         self.started = time.perf_counter()
-        self.prefix_reuse, self.max_waiting, self.stretch = prefix_reuse, max_waiting, stretch
-        self.ranks, self.count_experts = ranks or ALONE, count_experts
-        if type(max_waiting) is not int or max_waiting < 0:
-            raise RequestError(f"max_waiting: got {max_waiting!r}; expected a number of requests from 0")
-        if not isinstance(stretch, int | float) or not stretch >= 1:
-            raise RequestError(f"stretch: got {stretch!r:.40}; expected a number from 1, math.inf for no limit")
-        self.device, self.verbose = _device(device), verbose
-        self.dtype = _dtype(dtype, self.device)
-        if kv_dtype not in KV_DTYPES:
-            raise RequestError(f"kv_dtype: got {kv_dtype!r:.40}; expected one of {', '.join(KV_DTYPES)}")
+        self.settings, self.ranks = settings, ranks
+        self.device = settings.chosen_device()
+        self.dtype = settings.chosen_dtype(self.device)
         self._checkpoint = checkpoint = Checkpoint.open(path_or_hub_id)
         self.folder = checkpoint.folder
         try:
             self.config = config = model_config(checkpoint.config)
-            limit = _limits(max_batch_size, max_seq_len, config.context_length)
-            slots = self.ranks.sequences(max_batch_size)
-            self.buckets = _buckets(buckets, slots)
+            limit = settings.length_limit(config.context_length)
+            slots = ranks.sequences(settings.max_batch_size)
+            self.buckets = settings.chosen_buckets(slots)
             found = survey_checkpoint(checkpoint)
             found.require_complete(str(checkpoint.folder))
             self.found = found.with_shared_experts(config.shared_experts())
@@ -100,26 +71,26 @@ class Preparation:
                 self.config = config.sharded(self.ranks.size)
                 self._cuts = cuts(self.found.dense, config.cache_spec, self.ranks.size, self.ranks.rank)
             self.fast = self._has_kernels()
-            self.determinism = determinism_of(deterministic, self.fast, self.ranks.size)
-            self.cuda_graphs, self.warm_up = cuda_graphs and self.fast, warm_up and self.fast
+            self.determinism = determinism_of(settings.deterministic, self.fast, self.ranks.size)
+            self.cuda_graphs, self.warm_up = settings.cuda_graphs and self.fast, settings.warm_up and self.fast
             self.step_rows = FAST_STEP_ROWS if self.fast else STEP_ROWS
             if self.ranks.splits_rows:  # experts see the rows of all ranks
                 self.step_rows = max(STEP_ROWS, self.step_rows // self.ranks.size)
-            if deterministic:  # a chunk is not cut to make room for answers
+            if settings.deterministic:  # a chunk is not cut to make room for answers
                 self.step_rows = max(self.step_rows, slots + CHUNK)
             tokenizer = Tokenizer.load(checkpoint.folder)
             media = _media_tokens(checkpoint.config)
             self.eos_token_ids = _eos_token_ids(checkpoint, tokenizer)
             grammars = Grammars(tokenizer, config.vocab_size, self.eos_token_ids) if tokenizer else None
             self.prompts = PromptEncoder(tokenizer, config.vocab_size, limit, config.context_length, media, grammars)
-            self.placement = self._place(placement, spare_experts, config)
+            self.placement = self._place(placement, config)
             self.cache_settings = CacheSettings(
                 slots=slots,
                 max_seq_len=limit,
                 chunk=self._chunk(),
                 dtype=self.dtype,
-                fp8=kv_dtype == "fp8",
-                scales=_kv_scales(checkpoint, found) if kv_dtype == "fp8" else {},
+                fp8=settings.kv_dtype == "fp8",
+                scales=_kv_scales(checkpoint, found) if settings.kv_dtype == "fp8" else {},
                 batch_invariant=self.determinism is Determinism.KERNELS,
             )
             self.plan = self._plan(self.config)
@@ -140,10 +111,9 @@ class Preparation:
         windows = [spec.window for spec in self.config.cache_spec.attention if spec.window]
         return min(self.step_rows, max(512, *windows)) if windows else self.step_rows
 
-    def _place(self, placement: Placement | None, spare: int, config: ModelConfig) -> Placement:
+    def _place(self, placement: Placement | None, config: ModelConfig) -> Placement:
         layers, count, size = sorted(self.found.experts), num_experts(self.found.layout), self.ranks.size
-        if type(spare) is not int or spare < 0:
-            raise RequestError(f"spare_experts: got {spare!r}; expected a number of experts from 0")
+        spare = self.settings.spare_experts
         if placement is None:
             everywhere = range(config.num_experts, count)  # a shared expert, which every row takes
             return self.ranks.placement(layers, count, everywhere=everywhere, spare=spare)
@@ -177,19 +147,19 @@ class Preparation:
             device=self.device,
             cache=config.cache_spec,
             settings=self.cache_settings,
-            snapshots=min(slots, MAX_SNAPSHOTS) if self.prefix_reuse and config.cache_spec.delta else 0,
+            snapshots=min(slots, MAX_SNAPSHOTS) if self.settings.prefix_reuse and config.cache_spec.delta else 0,
             workspace=scratch + logits + penalties,
             cuts=self._cuts,
             agree=self.ranks.least,  # all ranks plan the same steps
         )
-        if self.verbose:
+        if self.settings.verbose:
             print(f"memory plan of {self._checkpoint.folder.name}, {self.dtype}:\n{plan.table()}", file=sys.stderr)
         plan.require_fit()
         return plan
 
     def load_model(self) -> tuple[Model, ExpertBuffers]:
         """Allocates and fills the buffers, and closes the checkpoint."""
-        progress = None if self.verbose else False
+        progress = None if self.settings.verbose else False
         with self._checkpoint as checkpoint:
             scales = read_dense_scales(checkpoint, self.found)  # a bad one is found before the experts take memory
             experts = ExpertBuffers.load(
@@ -199,7 +169,7 @@ class Preparation:
                 placement=self.placement,
                 rank=self.ranks.rank,
                 fragments=self.fast,
-                count_rows=self.count_experts,
+                count_rows=self.settings.count_experts,
                 progress=progress,
             )
             weights = load_dense(
@@ -228,51 +198,6 @@ class Preparation:
 
     def close(self) -> None:
         self._checkpoint.close()
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise RequestError(f"device {device!r}: expected cpu, cuda or cuda:N") from None
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise RequestError("device cuda: torch sees no GPU here; use device cpu, or install a CUDA build of torch")
-        count, index = torch.cuda.device_count(), chosen.index or 0
-        if index >= count:
-            raise RequestError(f"device {chosen}: this machine has {count} GPUs; expected cuda:0 to cuda:{count - 1}")
-        return torch.device("cuda", index)
-    if chosen.type != "cpu":
-        raise RequestError(f"device {chosen}: expected cpu, cuda or cuda:N")
-    return chosen
-
-
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    if dtype is None or dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in DTYPES.values():
-        raise RequestError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    return chosen
-
-
-def _limits(max_batch_size: int, max_seq_len: int | None, context: int) -> int:
-    if type(max_batch_size) is not int or not 1 <= max_batch_size <= MAX_BATCH_SIZE:
-        raise RequestError(f"max_batch_size: got {max_batch_size!r}; expected 1 to {MAX_BATCH_SIZE}")
-    if max_seq_len is None:
-        return min(DEFAULT_SEQ_LEN, context)
-    if type(max_seq_len) is not int or not 2 <= max_seq_len <= context:
-        raise RequestError(f"max_seq_len: got {max_seq_len!r}; expected 2 to {context:,}, the model's context")
-    return max_seq_len
-
-
-def _buckets(buckets: Sequence[int] | None, max_batch_size: int) -> list[int]:
-    if buckets is None:
-        return buckets_up_to(max_batch_size)
-    sizes = sorted(set(buckets))
-    if not sizes or sizes[0] < 1 or sizes[-1] != max_batch_size:
-        raise RequestError(f"buckets: got {list(buckets)}; expected batch sizes up to max_batch_size, {max_batch_size}")
-    return sizes
 
 
 def _kv_scales(checkpoint: Checkpoint, found: Survey) -> dict[int, tuple[float, float]]:

@@ -15,13 +15,15 @@ from moe_nvfp4.engine.data_parallel import scheduler_of
 from moe_nvfp4.engine.lease import Lease
 from moe_nvfp4.engine.loop import Engine
 from moe_nvfp4.engine.orders import Build, Orders
-from moe_nvfp4.engine.scheduler import STRETCH
 from moe_nvfp4.engine.stepper import Stepper
 from moe_nvfp4.engine.warm_up import warm_up
 from moe_nvfp4.errors import RequestError
 from moe_nvfp4.expert_loads import ExpertLoads
 from moe_nvfp4.frontend import Frontend
+from moe_nvfp4.parallel import ALONE, Ranks
 from moe_nvfp4.preparation import Preparation
+from moe_nvfp4.routing.placement import Placement
+from moe_nvfp4.settings import RunnerSettings
 
 
 class MoERunner(Frontend):
@@ -50,14 +52,14 @@ class MoERunner(Frontend):
             self.device,
             buckets=prepared.buckets,
             graphs=prepared.cuda_graphs,
-            verbose=prepared.verbose,
+            verbose=prepared.settings.verbose,
             fill_rows=prepared.step_rows if prepared.fast else 0,
             ranks=prepared.ranks,
-            count_rows=prepared.count_experts,
+            count_rows=prepared.settings.count_experts,
             determinism=prepared.determinism,
         )
         if prepared.warm_up:
-            warm_up(self.stepper, prepared.step_rows, prepared.verbose)
+            warm_up(self.stepper, prepared.step_rows, prepared.settings.verbose)
             self.experts.tables.forget_counts()
         self.engine: Engine = Engine(
             self.stepper,
@@ -66,7 +68,7 @@ class MoERunner(Frontend):
             self.config.vocab_size,
             orders(self.answer) if orders else None,
         )
-        if prepared.count_experts:
+        if prepared.settings.count_experts:
             self.expert_loads = ExpertLoads(self._expert_rows, self.config.num_experts)
         self.load_seconds = time.perf_counter() - prepared.started
 
@@ -74,63 +76,17 @@ class MoERunner(Frontend):
     def from_pretrained(cls, path_or_hub_id: str | Path, **settings: Any) -> "MoERunner":
         """Opens and checks the checkpoint, plans the memory, prints the plan, then loads.
 
-        Takes the settings of `prepare`.
+        `settings`: fields of `RunnerSettings`, max_batch_size, max_seq_len and kv_dtype among them.
         """
         return cls(cls.prepare(path_or_hub_id, **settings))
 
     @staticmethod
     def prepare(
-        path_or_hub_id: str | Path,
-        *,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        max_batch_size: int = 8,
-        max_seq_len: int | None = None,
-        kv_dtype: str = "auto",
-        cuda_graphs: bool = True,
-        buckets: Sequence[int] | None = None,
-        prefix_reuse: bool = True,
-        deterministic: bool = False,
-        max_waiting: int = 4096,
-        stretch: float = STRETCH,
-        warm_up: bool = False,
-        count_experts: bool = False,
-        verbose: bool = True,
-        **of_a_group: Any,
+        path_or_hub_id: str | Path, *, ranks: Ranks = ALONE, placement: Placement | None = None, **settings: Any
     ) -> Preparation:
-        """All checks and the memory plan, without loading; `MoERunner(prepared)` loads.
-
-        `device` defaults to the GPU where there is one; `dtype`, of activations and plain weights, to bfloat16
-        on a GPU and float32 on a CPU; `max_seq_len` to 4096 or the model's context, whichever is less. `kv_dtype` of
-        fp8 keeps keys and values as E4M3. Without `cuda_graphs` a GPU takes the same steps launch by launch.
-        `buckets`: batch sizes that get a graph, the largest of them max_batch_size; default: some sizes up to it.
-        Beyond max_batch_size requests at once, `max_waiting` may wait. `stretch`: a step of answers takes about
-        so many times as long, at most, for the prompts beside it; math.inf cuts no prompts, which gives the most tokens
-        a second and the longest gaps between them. `prefix_reuse`: what a prompt has in common with one before it is
-        not computed again. `deterministic`: the same request gives the same tokens and log-probabilities, to the last
-        bit, whatever else runs (see determinism.py); slower, and for one rank only. `warm_up`, on a GPU: compile and
-        capture at once what prompts of any length need, and not when the first of them comes. `count_experts`: count
-        the rows that each expert takes, for `expert_loads`; one launch more a layer. `of_a_group`: for one rank of
-        several, see `Preparation`.
-        """
-        return Preparation(
-            path_or_hub_id,
-            device=device,
-            dtype=dtype,
-            max_batch_size=max_batch_size,
-            max_seq_len=max_seq_len,
-            kv_dtype=kv_dtype,
-            cuda_graphs=cuda_graphs,
-            buckets=buckets,
-            prefix_reuse=prefix_reuse,
-            deterministic=deterministic,
-            max_waiting=max_waiting,
-            stretch=stretch,
-            warm_up=warm_up,
-            count_experts=count_experts,
-            verbose=verbose,
-            **of_a_group,
-        )
+        """All checks and the memory plan, without loading; `MoERunner(prepared)` loads. `ranks` and `placement`: of one
+        rank of several, see `Preparation`."""
+        return Preparation(path_or_hub_id, RunnerSettings(**settings), ranks, placement)
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """float32 logits [T, vocabulary] of every position, on the CPU."""

@@ -25,7 +25,6 @@ SLOW_PROMPTS = StepCost(
     prompt_row=1,
     decode_context=0,
     prompt_context=0,
-    launch=0,
     least_prompt_rows=1,
 )
 

@@ -24,11 +24,12 @@ from moe_nvfp4.engine.stepper import Stepper
 from moe_nvfp4.errors import MoeNvfp4Error
 from moe_nvfp4.generation import Answer
 from moe_nvfp4.memory import MemoryPlan
-from moe_nvfp4.parallel import Ranks
+from moe_nvfp4.parallel import ALONE, Ranks
 from moe_nvfp4.preparation import Preparation
 from moe_nvfp4.rebalancing import Rebalancing
 from moe_nvfp4.routing.placement import Placement
 from moe_nvfp4.sampling import Sampler, SamplingParams
+from moe_nvfp4.settings import RunnerSettings
 
 SECONDS = 120  # for one task; a rank that waits for another for ever is an error
 
@@ -173,7 +174,8 @@ def one_thread(function: Callable[[], Any]) -> Any:
 
 def prepare(folder: Path, ranks: Ranks | None = None, **settings: Any) -> Preparation:
     defaults = {"device": "cpu", "dtype": "float32", "max_batch_size": 8, "max_seq_len": 256, "verbose": False}
-    return Preparation(folder, **(defaults | {"ranks": ranks} | settings))
+    placement = settings.pop("placement", None)
+    return Preparation(folder, RunnerSettings(**(defaults | settings)), ranks or ALONE, placement)
 
 
 def join(attention: Any = "replicated") -> Ranks:

@@ -12,6 +12,7 @@ from moe_nvfp4.kernels.nvfp4 import NVFP4Tensor, relative_error
 from moe_nvfp4.layouts import layout
 from moe_nvfp4.preparation import Preparation
 from moe_nvfp4.runner import MoERunner
+from moe_nvfp4.settings import RunnerSettings
 from moe_nvfp4.synthesize import synthesize
 
 NAMES = ["nvidia/Qwen3-30B-A3B-NVFP4", "RedHatAI/Qwen3-30B-A3B-NVFP4"]
@@ -32,7 +33,7 @@ def start_counting() -> int:
 
 @pytest.mark.gpu
 def test_loading_peaks_at_the_final_size(folder: Path) -> None:
-    prepared = Preparation(folder, device="cuda", dtype=None, max_batch_size=1, max_seq_len=None, verbose=False)
+    prepared = Preparation(folder, RunnerSettings(device="cuda", max_batch_size=1, verbose=False))
     before = start_counting()
     model = prepared.load_model()
     final = torch.cuda.memory_allocated() - before
@@ -64,7 +65,7 @@ def test_tensor_core_experts_agree_with_the_twin_end_to_end(folder: Path) -> Non
 
 @pytest.mark.gpu
 def test_experts_from_memory_equal_those_from_files(folder: Path) -> None:
-    prepared = Preparation(folder, device="cpu", dtype=None, max_batch_size=1, max_seq_len=None, verbose=False)
+    prepared = Preparation(folder, RunnerSettings(device="cpu", max_batch_size=1, verbose=False))
     with Checkpoint.open(folder) as checkpoint:
         expected = ExpertBuffers.load(checkpoint, prepared.found, device="cpu")
         before = start_counting()

@@ -124,16 +124,16 @@ def scheduler_of(prepared: "Preparation") -> Scheduler | DataParallelScheduler:
         slots=plan.max_batch_size,
         step_rows=prepared.step_rows,
         chunk=prepared.cache_settings.chunk,
-        max_waiting=prepared.max_waiting,
+        max_waiting=prepared.settings.max_waiting,
         cost=USUAL if prepared.fast else None,
-        stretch=prepared.stretch,
+        stretch=prepared.settings.stretch,
         whole_chunks=prepared.determinism is not Determinism.OFF,
     )
     stride = limits.chunk if limits.whole_chunks else None
 
     def one() -> Scheduler:
         snapshots = plan.snapshots if spec.delta else None
-        memory = SequenceMemory(groups, PAGE, snapshots, reuse=prepared.prefix_reuse, stride=stride)
+        memory = SequenceMemory(groups, PAGE, snapshots, reuse=prepared.settings.prefix_reuse, stride=stride)
         return Scheduler(memory, limits)
 
     return DataParallelScheduler([one() for _ in range(ranks.size)], ranks.rank) if ranks.splits_rows else one()

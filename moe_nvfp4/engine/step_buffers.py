@@ -11,6 +11,13 @@ from moe_nvfp4.kernels.sample import Sampled, SamplingRows
 from moe_nvfp4.routing.dispatch import StepRows
 from moe_nvfp4.sampling import SamplingParams
 
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+
+
+def buckets_up_to(max_rows: int) -> list[int]:
+    """The largest batch gets a bucket of its own size."""
+    return [*(size for size in BUCKETS if size < max_rows), max_rows]
+
 
 class DecodeRow(NamedTuple):
     """The next token of a sequence: the one it got last goes to `position` of its slot."""

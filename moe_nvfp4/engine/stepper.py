@@ -32,13 +32,6 @@ from moe_nvfp4.routing.dispatch import StepRows
 from moe_nvfp4.row_graphs import RowGraphs, RowGraphsBySize
 from moe_nvfp4.sampling import Sampler, SamplingParams, sampling_rows
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-
-
-def buckets_up_to(max_rows: int) -> list[int]:
-    """The largest batch gets a bucket of its own size."""
-    return [*(size for size in BUCKETS if size < max_rows), max_rows]
-
 
 class WholeStep(NamedTuple):
     """A step of ranks that have sequences of their own: what all of them know of it. Without it all step alike."""

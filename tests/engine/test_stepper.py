@@ -9,8 +9,8 @@ from model_checks import cache_settings, runner_of, tiny_model, token_ids
 
 from moe_nvfp4.batch import Piece
 from moe_nvfp4.cache import SequenceCache
-from moe_nvfp4.engine.step_buffers import DecodeRow, StepBuffers
-from moe_nvfp4.engine.stepper import Stepper, buckets_up_to
+from moe_nvfp4.engine.step_buffers import DecodeRow, StepBuffers, buckets_up_to
+from moe_nvfp4.engine.stepper import Stepper
 from moe_nvfp4.errors import RequestError
 from moe_nvfp4.runner import MoERunner
 from moe_nvfp4.sampling import Sampler, SamplingParams
