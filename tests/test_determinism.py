@@ -4,6 +4,7 @@ On a CPU, where each sequence is computed by itself; on a GPU through kernels wh
 each of which is tested alone in kernels/test_batch_invariant.py.
 """
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from moe_nvfp4.kernels.linear import Invariant, Projection, Summed, linear
 from moe_nvfp4.kernels.nvfp4 import relative_error
 from moe_nvfp4.kernels.route import route
 from moe_nvfp4.kernels.routed_experts import routed_experts
+from moe_nvfp4.launch import cli_generate, cli_serve
 from moe_nvfp4.runner import MoERunner
 from moe_nvfp4.sampling import SamplingParams
 
@@ -110,6 +112,18 @@ def test_models_ask_kernels_for_it(name: str, tmp_path: Path, monkeypatch: pytes
         assert relative_error(runner.logits(ids), expected) < 2e-2
         assert all(kv.batch_invariant for kv in runner.cache.kv.values())
     assert seen == {"linear", "route", "routed_experts"}
+
+
+def test_commands_pass_it_on() -> None:
+    for add, settings_of in (
+        (cli_generate.add_generate, cli_generate.settings_of),
+        (cli_serve.add_serve, cli_serve.engine_settings),
+    ):
+        parser = argparse.ArgumentParser()
+        add(parser)
+        given = ["--model", "PATH", *(["--prompt", "a"] if add is cli_generate.add_generate else [])]
+        assert settings_of(parser.parse_args([*given, "--deterministic"]))["deterministic"]
+        assert not settings_of(parser.parse_args(given))["deterministic"]
 
 
 def test_several_ranks_are_refused() -> None:
