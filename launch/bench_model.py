@@ -117,7 +117,7 @@ def bench_prefill(
     for count in prompts:
         times = []
         for run in range(runs + 1):
-            ids = [_random_ids(runner, length, seed=1000 * run + index) for index in range(count)]
+            ids = [random_ids(runner, length, seed=1000 * run + index) for index in range(count)]
             began = time.perf_counter()
             runner.generate(ids, GREEDY)
             times.append(time.perf_counter() - began)
@@ -156,7 +156,7 @@ def _prefill(runner: MoERunner, leases: Sequence[Lease], shares: Shares, context
             end = min(start + runner.prefill_chunk, context)
             for lease in group:
                 lease.room(start, end)
-            ids = [_random_ids(runner, context, seed)[start:end] for seed in seeds]
+            ids = [random_ids(runner, context, seed)[start:end] for seed in seeds]
             pieces = [Piece(lease.slot, start, chunk) for lease, chunk in zip(group, ids, strict=True)]
             runner.stepper.mixed(pieces, samplers, whole=part.whole(end - start)).wait()
     for lease in leases:
@@ -190,7 +190,7 @@ def timed_steps(runner: MoERunner, rows: Sequence[DecodeRow], whole: WholeStep |
     return [begin.elapsed_time(end) for begin, end in pairwise(events)]
 
 
-def _random_ids(runner: MoERunner, length: int, seed: int) -> list[int]:
+def random_ids(runner: MoERunner, length: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     # The last ids of a vocabulary are special, placeholders for images among them.
     ids: list[int] = torch.randint(runner.prompts.vocab_size * 3 // 4, (length,), generator=generator).tolist()

@@ -1,4 +1,4 @@
-"""`bench decode` and `bench prefill` on a tiny model: figures, floors, errors."""
+"""`bench decode`, `bench prefill` and `bench steps` on a tiny model: figures, floors, errors."""
 
 import json
 from pathlib import Path
@@ -38,6 +38,30 @@ def test_prefill_writes_its_figures(folder: Path, tmp_path: Path) -> None:
     options = ["--device", "cpu", "--prompts", "1,2", "--length", "20", "--json", str(out)]
     assert cli.main(["bench", "prefill", "--model", str(folder), *options]) == 0
     assert [figure["prompts"] for figure in json.loads(out.read_text())["prefill"]] == [1, 2]
+
+
+def test_steps_write_their_figures(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "steps.json"
+    options = ["--device", "cpu", "--rows", "9,40", "--answers", "0,12", "--json", str(out)]
+    assert cli.main(["bench", "steps", "--model", str(folder), *options]) == 0
+    figures = json.loads(out.read_text())["steps"]
+    assert [(one["rows"], one["answers"]) for one in figures] == [(9, 0), (40, 0), (40, 12)]
+    assert all(0 < one["launch"] <= one["milliseconds"] and one["low"] <= one["high"] for one in figures)
+    assert "  12 of answers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--rows", "8", "--answers", "8"], "--answers: got '8'; expected one below 8"),
+        (["--rows", "4,100000"], "a step of this model has at most"),
+    ],
+)
+def test_steps_that_cannot_be_are_refused(
+    folder: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "steps", "--model", str(folder), "--device", "cpu", *options]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

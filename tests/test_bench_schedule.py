@@ -55,8 +55,6 @@ def test_the_model_of_step_times() -> None:
     assert 4096 / prefill == pytest.approx(69_200, rel=0.01), "prompts of 2048 tokens in steps of 4096"
     mixed = Step((rows(1, continues=True),) * 64 + (rows(3500, continues=False),))
     assert step_seconds(mixed) == pytest.approx(9.58e-3 + 3500 * USUAL.prompt_row / 1e3, rel=0.1)
-    mixed = Step((rows(1, continues=True),) * 64 + (rows(512, continues=False),))
-    assert step_seconds(mixed) == pytest.approx(USUAL.launch / 1e3), "the host is what takes so long"
 
 
 @pytest.mark.parametrize("trace", TRACES)
