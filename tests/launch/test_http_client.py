@@ -190,6 +190,7 @@ def test_text_parts_and_developer(served: Serving, client: openai.OpenAI) -> Non
         ({"tools": [NOW]}, "chat template knows none", "tools"),
         ({"tool_choice": "required"}, "needs tools", None),
         ({"functions": [{"name": "f"}]}, "use tools", "functions"),
+        ({"continue_final_message": True}, "always complete", "continue_final_message"),
         ({"messages": [{"role": "user", "content": "x " * 3000}]}, "the model's context is 1,024", "messages"),
         ({"model": "other"}, "not served here", "model"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "leave it out", None),
