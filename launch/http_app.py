@@ -9,7 +9,7 @@ from fastapi.responses import PlainTextResponse
 
 from moe_nvfp4 import __version__
 from moe_nvfp4.async_runner import AsyncMoERunner
-from moe_nvfp4.launch.http_chat import chat
+from moe_nvfp4.launch.http_chat import ChatReply, chat
 from moe_nvfp4.launch.http_completions import complete
 from moe_nvfp4.launch.http_errors import install_error_handlers, json_response, unavailable
 from moe_nvfp4.launch.http_experts import experts_router
@@ -49,7 +49,7 @@ def _add_answers(app: FastAPI, server: Server) -> None:
 
     @app.post("/v1/chat/completions", response_class=Response)
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
-        return await chat(server, request, body)
+        return await chat(server, request, body, ChatReply)
 
 
 def _add_models(app: FastAPI, server: Server) -> None:
