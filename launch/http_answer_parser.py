@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from moe_nvfp4.generation import Increment
 from moe_nvfp4.launch.http_dialects import Call, Dialect, Schemas
 
 Kind = Literal["reasoning", "content"]
@@ -22,11 +23,19 @@ class AnswerParser:
     text is content. Reasoning loses the white space around it, content the white space before a call.
 
     `tools` None: no calls are looked for. `thinking`: the prompt has opened the reasoning already. `begun`: text of
-    the answer that the prompt held already. `closing`: what its grammar left out at its end.
+    the answer that the prompt held already. `closing`: what its grammar left out at its end. Calls beyond `most_calls`
+    are left out.
     """
 
     def __init__(
-        self, dialect: Dialect, tools: Schemas | None, *, thinking: bool = False, begun: str = "", closing: str = ""
+        self,
+        dialect: Dialect,
+        tools: Schemas | None,
+        *,
+        thinking: bool = False,
+        begun: str = "",
+        closing: str = "",
+        most_calls: int | None = None,
     ):
         self._dialect, self._tools = dialect, tools if dialect.call else None
         self._state: Literal["reasoning", "content", "call"] = "reasoning" if thinking else "content"
@@ -34,13 +43,19 @@ class AnswerParser:
         self._held = ""  # may be the beginning of a mark
         self._space = ""  # white space that is dropped if a mark follows
         self._at_start = thinking
-        self.calls, self._closing = 0, closing
+        self.calls, self._most_calls, self._closing = 0, most_calls, closing
         if begun:
             self.push(begun)
 
     @property
     def thinking(self) -> bool:
         return self._state == "reasoning"
+
+    def read(self, increment: Increment) -> list[Part]:
+        parts = self.push(increment.text)
+        if increment.finish_reason:
+            parts += self.finish(stopped=increment.finish_reason == "stop")
+        return parts
 
     def push(self, text: str) -> list[Part]:
         self._held += text
@@ -129,7 +144,8 @@ class AnswerParser:
             return
         self._space = ""
         self.calls += 1
-        parts.append(found)
+        if self._most_calls is None or self.calls <= self._most_calls:
+            parts.append(found)
 
 
 def _overlap(text: str, mark: str) -> int:

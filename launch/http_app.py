@@ -9,11 +9,13 @@ from fastapi.responses import PlainTextResponse
 
 from moe_nvfp4 import __version__
 from moe_nvfp4.async_runner import AsyncMoERunner
-from moe_nvfp4.launch.http_chat import chat
+from moe_nvfp4.launch.http_chat import ChatReply, chat
 from moe_nvfp4.launch.http_completions import complete
 from moe_nvfp4.launch.http_errors import install_error_handlers, json_response, unavailable
 from moe_nvfp4.launch.http_experts import experts_router
 from moe_nvfp4.launch.http_guard import Guard
+from moe_nvfp4.launch.http_responses import respond
+from moe_nvfp4.launch.http_responses_request import ResponsesRequest
 from moe_nvfp4.launch.http_schemas import ChatRequest, CompletionRequest
 from moe_nvfp4.launch.http_server import Server
 from moe_nvfp4.launch.http_settings import ServerSettings
@@ -49,7 +51,11 @@ def _add_answers(app: FastAPI, server: Server) -> None:
 
     @app.post("/v1/chat/completions", response_class=Response)
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
-        return await chat(server, request, body)
+        return await chat(server, request, body, ChatReply)
+
+    @app.post("/v1/responses", response_class=Response)
+    async def responses(request: Request, body: ResponsesRequest) -> Response:
+        return await respond(server, request, body)
 
 
 def _add_models(app: FastAPI, server: Server) -> None:

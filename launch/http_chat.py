@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import Request, Response
@@ -15,7 +15,7 @@ from moe_nvfp4.launch.http_answer_parser import AnswerParser, Text
 from moe_nvfp4.launch.http_dialects import CallForm
 from moe_nvfp4.launch.http_errors import ApiError
 from moe_nvfp4.launch.http_guard import record_of
-from moe_nvfp4.launch.http_reply import Job, Reply, answer, chat_logprobs
+from moe_nvfp4.launch.http_reply import ChoicesReply, Job, Reply, answer, chat_logprobs
 from moe_nvfp4.launch.http_sampling import at_most, sampling_params
 from moe_nvfp4.launch.http_schemas import ChatRequest, Message, NamedTool
 from moe_nvfp4.launch.http_server import Server
@@ -24,7 +24,11 @@ from moe_nvfp4.tokenizer import Tokenizer
 GRAMMARS = importlib.util.find_spec("xgrammar") is not None  # the extra `grammar`
 
 
-async def chat(server: Server, request: Request, body: ChatRequest) -> Response:
+ReplyForm = Callable[[str, Sequence[int], Tokenizer, list[AnswerParser]], Reply]
+
+
+async def chat(server: Server, request: Request, body: ChatRequest, form: ReplyForm) -> Response:
+    """`form`: what the answer looks like, `ChatReply` or what another endpoint has instead."""
     model = server.model(body.model)
     record_of(request.scope).model = model.name
     at_most("tools", len(body.tools or ()), server.settings.max_tools)
@@ -58,8 +62,12 @@ async def chat(server: Server, request: Request, body: ChatRequest) -> Response:
         return ids, opened and params.constraint is None
 
     ids, thinking = await model.encode(params, encode)
-    parsers = [AnswerParser(dialect, schemas, thinking=thinking, begun=begun, closing=closing) for _ in range(params.n)]
-    reply = ChatReply(model.name, ids, tokenizer, parsers, parallel=body.parallel_tool_calls is not False)
+    most = None if body.parallel_tool_calls is not False else 1
+    parsers = [
+        AnswerParser(dialect, schemas, thinking=thinking, begun=begun, closing=closing, most_calls=most)
+        for _ in range(params.n)
+    ]
+    reply = form(model.name, ids, tokenizer, parsers)
     return await answer(server, request, body, Job(model, [ids], params, reply))
 
 
@@ -131,14 +139,12 @@ class Choice:
         return message
 
 
-class ChatReply(Reply):
-    prefix, whole_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
+class ChatReply(ChoicesReply):
+    prefix, whole_name, chunk_name = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(
-        self, model: str, prompt: Sequence[int], tokenizer: Tokenizer, parsers: list[AnswerParser], *, parallel: bool
-    ):
+    def __init__(self, model: str, prompt: Sequence[int], tokenizer: Tokenizer, parsers: list[AnswerParser]):
         super().__init__(model, [prompt])
-        self._tokenizer, self._parallel = tokenizer, parallel
+        self._tokenizer = tokenizer
         self._choices = [Choice(parser) for parser in parsers]
 
     def opening(self) -> list[dict[str, Any]]:
@@ -151,15 +157,12 @@ class ChatReply(Reply):
         choice.logprobs += increment.logprobs
         if choice.parser.thinking:
             self.reasoning_tokens += len(increment.token_ids)
-        parts = choice.parser.push(increment.text)
-        if increment.finish_reason:
-            parts += choice.parser.finish(stopped=increment.finish_reason == "stop")
         deltas: list[dict[str, Any]] = []
-        for part in parts:
+        for part in choice.parser.read(increment):
             if isinstance(part, Text):
                 choice.texts[part.kind] += part.text
                 deltas.append({"content" if part.kind == "content" else "reasoning_content": part.text})
-            elif self._parallel or not choice.calls:
+            else:
                 function = {"name": part.name, "arguments": part.arguments}
                 choice.calls.append({"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function})
                 deltas += _call_deltas(len(choice.calls) - 1, choice.calls[-1])

@@ -9,7 +9,7 @@ from moe_nvfp4.generation import Increment, TokenLogprob
 from moe_nvfp4.launch.http_errors import ApiError
 from moe_nvfp4.launch.http_guard import record_of
 from moe_nvfp4.launch.http_models import ServedModel
-from moe_nvfp4.launch.http_reply import Job, Reply, answer, token_logprob
+from moe_nvfp4.launch.http_reply import ChoicesReply, Job, answer, token_logprob
 from moe_nvfp4.launch.http_sampling import at_most, sampling_params
 from moe_nvfp4.launch.http_schemas import CompletionRequest
 from moe_nvfp4.launch.http_server import Server
@@ -71,8 +71,8 @@ def _text(model: ServedModel, ids: Sequence[int]) -> str:
     return model.tokenizer.decode(ids, skip_special_tokens=False) if model.tokenizer else ""
 
 
-class CompletionReply(Reply):
-    prefix, whole_name, chunk_name = "cmpl", "text_completion", "text_completion"
+class CompletionReply(ChoicesReply):
+    prefix, whole_name, chunk_name = "cmpl-", "text_completion", "text_completion"
 
     def __init__(self, model: ServedModel, prompts: Sequence[Sequence[int]], n: int):
         super().__init__(model.name, prompts)

@@ -38,6 +38,14 @@ class ApiError(Exception):
         self.status, self.message, self.headers = status, message, dict(headers or {})
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
+    def renamed(self, names: Mapping[str, str]) -> "ApiError":
+        """The same for an endpoint that calls fields otherwise."""
+        told: dict[str, Any] = self.body["error"]
+        given = next((name for name in names if self.message.startswith(name)), "")
+        message = names.get(given, "") + self.message.removeprefix(given)
+        param = names.get(told["param"], told["param"])
+        return ApiError(self.status, message, kind=told["type"], param=param, code=told["code"], headers=self.headers)
+
     @property
     def outcome(self) -> str:
         return outcome_of(self.status)
@@ -93,14 +101,15 @@ def _request_error(message: str) -> ApiError:
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:
-    """The first problem. Its input is not repeated: it may be long, and it is the client's own."""
-    problem = error.errors()[0]
+    """The first problem, one with a remedy if there is any. Its input is not repeated: it may be long, and it is the
+    client's own."""
+    problem = min(error.errors(), key=lambda problem: problem["type"] != "refused")
     place = [str(part) for part in problem["loc"][1:]]
     if problem["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {problem['ctx']['error']} at character {place[0]}")
     if problem["type"] == "model_attributes_type" and not place:
         return ApiError(400, "the body is not a JSON object; send one, with Content-Type: application/json")
-    name = problem["ctx"]["name"] if problem["type"] == "refused" else ".".join(place)[:200] or None
+    name = problem.get("ctx", {}).get("name") or ".".join(place)[:200] or None
     reason = str(problem["msg"]).removeprefix("Value error, ")[:500]
     return ApiError(400, f"{name or 'body'}: {reason}", param=name, code="invalid_value")
 

@@ -20,7 +20,7 @@ from moe_nvfp4.launch.http_stream import ClientGone
 log = logging.getLogger("moe_nvfp4.http")
 KEY: Final = "moe_nvfp4.record"
 GIVEN_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-COUNTED: Final = ("/v1/chat/completions", "/v1/completions")
+COUNTED: Final = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 
 @dataclass(slots=True)

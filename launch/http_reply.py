@@ -1,4 +1,4 @@
-"""What both endpoints do with a request's increments: events while they come, or one answer at the end."""
+"""What all endpoints do with a request's increments: events while they come, or one answer at the end."""
 
 import secrets
 import time
@@ -24,28 +24,38 @@ PATIENCE = 0.05  # seconds in which a refusal by the engine still becomes a stat
 
 
 class Reply(ABC):
-    """The answers to one request in the making. Subclasses have the two forms of the API."""
+    """The answers to one request in the making. Subclasses have the forms of the API."""
 
     prefix: ClassVar[str]
-    whole_name: ClassVar[str]
-    chunk_name: ClassVar[str]
 
     def __init__(self, model: str, prompts: Sequence[Sequence[int]]):
-        self._id, self._created, self._model = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time()), model
+        self._id, self._created, self._model = f"{self.prefix}{secrets.token_hex(12)}", int(time.time()), model
         self.prompt_tokens, self.new_tokens = sum(map(len, prompts)), 0
         self.reused_tokens = self.reasoning_tokens = 0
-        self._head = f'data: {compact(self._envelope(self.chunk_name))[:-1]},"choices":['
+        self.usage_wanted = False  # in a stream
 
     @abstractmethod
     def opening(self) -> list[dict[str, Any]]:
-        """Choices of the first chunks, before any token."""
+        """What a stream begins with, before any token."""
 
     @abstractmethod
     def push(self, increment: Increment) -> list[dict[str, Any]]:
-        """Choices of the chunks that an increment gives."""
+        """What an increment adds to a stream."""
 
     @abstractmethod
-    def choices(self) -> list[dict[str, Any]]:
+    def event(self, data: dict[str, Any]) -> str:
+        """One thing of `opening` or `push` as it is sent."""
+
+    @abstractmethod
+    def ending(self) -> str:
+        """What a stream ends with when all answers are complete."""
+
+    @abstractmethod
+    def failure(self, error: ApiError) -> str:
+        """What a stream ends with when they are not."""
+
+    @abstractmethod
+    def whole(self) -> dict[str, Any]:
         """All answers, complete."""
 
     def count(self, increment: Increment) -> None:
@@ -53,7 +63,37 @@ class Reply(ABC):
         if increment.completion is not None and increment.choice == 0:
             self.reused_tokens += increment.completion.timing.reused_tokens
 
-    def usage(self) -> dict[str, Any]:
+
+class ChoicesReply(Reply):
+    """Numbered choices, as completions and chat have them. A stream is chunks, with no choice or one."""
+
+    whole_name: ClassVar[str]
+    chunk_name: ClassVar[str]
+
+    def __init__(self, model: str, prompts: Sequence[Sequence[int]]):
+        super().__init__(model, prompts)
+        self._head = f'data: {compact(self._envelope(self.chunk_name))[:-1]},"choices":['
+
+    @abstractmethod
+    def choices(self) -> list[dict[str, Any]]:
+        """All answers, complete."""
+
+    def event(self, data: dict[str, Any]) -> str:
+        # With usage wanted, the API has the field in every chunk, and null in all but the last.
+        no_usage = ',"usage":null' if self.usage_wanted else ""
+        return f"{self._head}{compact(data)}]{no_usage}}}\n\n"
+
+    def ending(self) -> str:
+        usage = f'{self._head}],"usage":{compact(self._usage())}}}\n\n' if self.usage_wanted else ""
+        return f"{usage}data: [DONE]\n\n"
+
+    def failure(self, error: ApiError) -> str:
+        return event(error.body)
+
+    def whole(self) -> dict[str, Any]:
+        return self._envelope(self.whole_name) | {"choices": self.choices(), "usage": self._usage()}
+
+    def _usage(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.new_tokens,
@@ -61,13 +101,6 @@ class Reply(ABC):
             "prompt_tokens_details": {"cached_tokens": self.reused_tokens},
             "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
-
-    def event(self, choice: dict[str, Any] | None, usage: str = "") -> str:
-        """One chunk, with no choice or one."""
-        return f"{self._head}{'' if choice is None else compact(choice)}]{usage}}}\n\n"
-
-    def whole(self) -> dict[str, Any]:
-        return self._envelope(self.whole_name) | {"choices": self.choices(), "usage": self.usage()}
 
     def _envelope(self, name: str) -> dict[str, Any]:
         return {"id": self._id, "object": name, "created": self._created, "model": self._model}
@@ -110,8 +143,8 @@ async def answer(server: Server, request: Request, body: SamplingRequest, job: J
         if isinstance(error, Exception):
             raise api_error(error, model.retry_after) from error
         raise
-    usage = bool(body.stream_options and body.stream_options.include_usage)
-    return EventStream(relay, _events(relay, job, record, usage, settings.keep_alive), over)
+    job.reply.usage_wanted = bool(body.stream_options and body.stream_options.include_usage)
+    return EventStream(relay, _events(relay, job, record, settings.keep_alive), over)
 
 
 async def _collect(relay: Relay, reply: Reply) -> dict[str, Any]:
@@ -121,35 +154,29 @@ async def _collect(relay: Relay, reply: Reply) -> dict[str, Any]:
     return reply.whole()
 
 
-async def _events(
-    relay: Relay, job: Job, record: Record, include_usage: bool, keep_alive: float
-) -> AsyncGenerator[str, None]:
-    """Ends with [DONE] only if all answers are complete; else with an error. What has come since the last events were
-    sent is sent together."""
+async def _events(relay: Relay, job: Job, record: Record, keep_alive: float) -> AsyncGenerator[str, None]:
+    """Ends as complete only if all answers are; else with an error. What has come since the last events were sent is
+    sent together."""
     reply = job.reply
-    # With usage wanted, the API has the field in every chunk, and null in all but the last.
-    no_usage = ',"usage":null' if include_usage else ""
-    for choice in reply.opening():
-        yield reply.event(choice, no_usage)
+    for data in reply.opening():
+        yield reply.event(data)
     while True:
         try:
             increments = await relay.next(keep_alive)
             if not increments:
                 break
-            choices = [choice for increment in increments for choice in reply.push(increment)]
+            found = [data for increment in increments for data in reply.push(increment)]
         except TimeoutError:
             yield ": waiting\n\n"
             continue
         except Exception as error:
             refusal: ApiError = api_error(error, job.model.retry_after)
             record.outcome = refusal.outcome
-            yield event(refusal.body)
+            yield reply.failure(refusal)
             return
-        if choices:
-            yield "".join([reply.event(choice, no_usage) for choice in choices])
-    if include_usage:
-        yield reply.event(None, f',"usage":{compact(reply.usage())}')
-    yield "data: [DONE]\n\n"
+        if found:
+            yield "".join([reply.event(data) for data in found])
+    yield reply.ending()
 
 
 def token_logprob(tokenizer: Tokenizer | None, token_id: int, logprob: float) -> dict[str, Any]:

@@ -4,7 +4,8 @@ A field that is unknown is ignored, since clients send many that change nothing 
 answer, and that this server does not know how to follow, is refused: the answer would not be what was asked for.
 """
 
-from typing import Annotated, Any, Final, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
 from pydantic_core import PydanticCustomError
@@ -68,8 +69,9 @@ class ResponseFormat(Model):
 
 
 class SamplingRequest(Model):
-    """What completions and chat have in common."""
+    """What all endpoints have in common."""
 
+    refused: ClassVar[Mapping[str, str]] = REFUSED
     model: Annotated[str, Field(min_length=1, max_length=512)]
     max_tokens: Count | None = None
     temperature: Annotated[float | None, Field(ge=0, le=100)] = None
@@ -94,8 +96,8 @@ class SamplingRequest(Model):
     @classmethod
     def _refuse_what_would_change_the_answer(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            for name, remedy in REFUSED.items():
-                if data.get(name) not in (None, False, "", [], {}, 0, 1.0):
+            for name, remedy in cls.refused.items():
+                if (value := data.get(name)) is True or value not in (None, False, "", [], {}, 0, 1.0):
                     raise PydanticCustomError("refused", "not supported; {remedy}", {"name": name, "remedy": remedy})
         return data
 

@@ -1,12 +1,14 @@
 """The HTTP server for tests: the demo model, or its tokenizer with another chat template, behind a real uvicorn."""
 
 import asyncio
+import json
 import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ HERMES = """{%- if tools %}<|im_start|>system
 <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>
 {% endif %}
 {%- for m in messages %}<|im_start|>{{ m.role }}
+{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}
 {{ m.content }}{% for call in m.tool_calls or [] %}
 <tool_call>{{ {"name": call.function.name, "arguments": call.function.arguments} | tojson }}</tool_call>
 {%- endfor %}<|im_end|>
@@ -39,6 +42,21 @@ HERMES = """{%- if tools %}<|im_start|>system
 
 {% endif %}{% endif %}"""
 
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "What it is like outside",
+        "parameters": {
+            "type": "object",
+            "properties": {"days": {"type": "integer"}, "exact": {"type": "boolean"}},
+            "required": ["days", "exact"],
+            "additionalProperties": False,
+        },
+    },
+}
+NOW: Any = {"type": "function", "function": {"name": "now"}}
+
 
 def demo_with(folder: Path, template: str) -> Path:
     shutil.copytree(DEMO, folder)
@@ -49,6 +67,20 @@ def demo_with(folder: Path, template: str) -> Path:
 def demo_runner(folder: Path = DEMO, **settings: Any) -> MoERunner:
     chosen = {"device": "cpu", "max_batch_size": 8, "max_seq_len": 1024, "verbose": False} | settings
     return MoERunner.from_pretrained(folder, **chosen)
+
+
+class Saying(AsyncMoERunner):
+    """Makes the model say a text, by a grammar that allows nothing else."""
+
+    text = ""
+
+    def follow(self, prompts: Any, sampling: Any, receiver: Any) -> Any:
+        return super().follow(prompts, replace(sampling, grammar=f"root ::= {json.dumps(self.text)}"), receiver)
+
+
+def calls_of(days: int) -> str:
+    call = json.dumps({"name": "weather", "arguments": {"days": days, "exact": True}})
+    return f"\n<tool_call>\n{call}\n</tool_call>"
 
 
 class Serving:

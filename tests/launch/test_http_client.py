@@ -6,32 +6,16 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import openai
 import pytest
-from serving import HERMES, Serving, demo_runner, demo_with, serving
+from serving import HERMES, NOW, WEATHER, Saying, Serving, calls_of, demo_runner, demo_with, serving
 
-from moe_nvfp4.async_runner import AsyncMoERunner
 from moe_nvfp4.sampling import SamplingParams
 
 GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 HELLO: Any = [{"role": "user", "content": "Hello there"}]
-WEATHER: Any = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "What it is like outside",
-        "parameters": {
-            "type": "object",
-            "properties": {"days": {"type": "integer"}, "exact": {"type": "boolean"}},
-            "required": ["days", "exact"],
-            "additionalProperties": False,
-        },
-    },
-}
-NOW: Any = {"type": "function", "function": {"name": "now"}}
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +174,7 @@ def test_text_parts_and_developer(served: Serving, client: openai.OpenAI) -> Non
         ({"tools": [NOW]}, "chat template knows none", "tools"),
         ({"tool_choice": "required"}, "needs tools", None),
         ({"functions": [{"name": "f"}]}, "use tools", "functions"),
+        ({"continue_final_message": True}, "always complete", "continue_final_message"),
         ({"messages": [{"role": "user", "content": "x " * 3000}]}, "the model's context is 1,024", "messages"),
         ({"model": "other"}, "not served here", "model"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "leave it out", None),
@@ -297,20 +282,6 @@ def test_a_demanded_call_whose_schema_cannot_be_enforced(client: openai.OpenAI) 
     asked: Any = {"messages": HELLO, "tools": [tool], "tool_choice": "required", "max_tokens": 9, **GREEDY}
     message = client.chat.completions.create(model="tools", **asked).choices[0].message
     assert (message.content or "").startswith('<tool_call>\n{"name": "odd", "arguments": ') and not message.tool_calls
-
-
-class Saying(AsyncMoERunner):
-    """Makes the model say a text, by a grammar that allows nothing else."""
-
-    text = ""
-
-    def follow(self, prompts: Any, sampling: Any, receiver: Any) -> Any:
-        return super().follow(prompts, replace(sampling, grammar=f"root ::= {json.dumps(self.text)}"), receiver)
-
-
-def calls_of(days: int) -> str:
-    call = json.dumps({"name": "weather", "arguments": {"days": days, "exact": True}})
-    return f"\n<tool_call>\n{call}\n</tool_call>"
 
 
 def test_reasoning_content_and_calls(served: Serving, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
