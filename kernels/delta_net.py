@@ -135,7 +135,7 @@ def _convolve(
     padded = torch.cat((past, mixed_NC)).to(conv_CK.dtype)
     last = torch.arange(max(0, count - taps), count, device=mixed_NC.device)
     state.conv[slot, (before + last) % taps] = mixed_NC[last]
-    y_NC = F.silu(F.conv1d(padded.T[None], conv_CK[:, None], groups=conv_CK.shape[0])[0].T)
+    y_NC = F.silu(sum((padded[tap : tap + count] * conv_CK[:, tap] for tap in range(taps)), start=padded.new_zeros(())))
     q, k, v = y_NC.split((heads.HK * heads.DK, heads.HK * heads.DK, heads.HV * heads.DV), dim=1)
     q, k = (x.view(count, heads.HK, heads.DK).repeat_interleave(heads.HV // heads.HK, dim=1) for x in (q, k))
     q, k = (x * (x.square().sum(-1, keepdim=True) + _NORM_EPSILON).rsqrt() for x in (q, k))
