@@ -62,8 +62,8 @@ class StepResult(NamedTuple):
 
 class Stepper:
     """Batches of decode steps are filled up to one of `buckets`, and so are the rows of steps with prompts, up to
-    `fill_rows` of them. `graphs`: captures those of decode steps when it is built, the others when they are needed.
-    `count_rows`: somebody counts rows, and must know which of them fill up."""
+    `fill_rows` of them. `graphs`: captures those of decode steps when it is built and, where there is one rank, the
+    others when they are needed. `count_rows`: somebody counts rows, and must know which fill up."""
 
     def __init__(
         self,
@@ -88,8 +88,10 @@ class Stepper:
         self.penalties = Penalties(cache.slots, device)
         self.last_tokens = torch.zeros(cache.slots + 1, dtype=torch.int32, device=device)
         self._buffers: dict[int, StepBuffers] = {}
-        lines = self._lines if self._tells_rows else None
-        self.row_graphs = RowGraphsBySize(fill_rows, device, graphs=graphs, lines=lines) if fill_rows else None
+        self.row_graphs = None
+        if fill_rows:
+            lines = self._lines if self._tells_rows else None
+            self.row_graphs = RowGraphsBySize(fill_rows, device, graphs=graphs and ranks.size == 1, lines=lines)
         if graphs:
             self._capture_all(verbose)
 
