@@ -22,7 +22,7 @@ Rowwise = Callable[..., tuple[Tensor, list[Tensor]]]
 
 
 def row_buckets(most: int) -> list[int]:
-    """Numbers of rows that get graphs: at least 32 apart, and so close that at most a fifth of the rows fill up."""
+    """Numbers of rows that get graphs: 32 apart up to 256, and then so close that at most a fifth of them fill up."""
     sizes, step = [32], 32
     while sizes[-1] < most:
         if sizes[-1] >= 8 * step:

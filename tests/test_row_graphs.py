@@ -1,0 +1,46 @@
+"""Which numbers of rows get graphs; that graphs give what the model gives is in test_models.py."""
+
+import pytest
+import torch
+
+from moe_nvfp4.row_graphs import RowGraphsBySize, row_buckets
+
+
+@pytest.mark.parametrize("most", [1, 32, 33, 100, 512, 4096, 4608])
+def test_no_step_is_filled_up_by_much(most: int) -> None:
+    sizes = row_buckets(most)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == max(most, 32) and len(sizes) <= 25
+    by_size = RowGraphsBySize(most, torch.device("cpu"), graphs=False, lines=None)
+    for rows in range(1, most + 1):
+        graphs = by_size.of(rows)
+        assert graphs is not None and graphs.rows in sizes and rows <= graphs.rows
+        assert graphs.rows - rows < 32 or graphs.rows - rows < graphs.rows / 5
+        assert by_size.of(rows) is graphs
+    assert by_size.of(sizes[-1] + 1) is None
+
+
+def test_parts_take_their_rows_from_each_other() -> None:
+    """Rows carried on stay as many as the graphs have; what is given is cut to the step's."""
+    graphs = RowGraphsBySize(64, torch.device("cpu"), graphs=False, lines=None).of(40)
+    assert graphs is not None and not graphs.captures and graphs.step is None
+    seen = []
+
+    def double(x: torch.Tensor, *brought: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        seen.append([len(one) for one in (x, *brought)])
+        y = 2 * x + sum(brought, start=torch.zeros(()))
+        return y, [y + 1]
+
+    x = torch.randn(40, 3)
+    carried, (given,) = graphs.run(0, double, x)
+    assert len(carried) == 64 and torch.equal(given, 2 * x + 1)
+    carried, (given,) = graphs.run(1, double, carried, given)
+    torch.testing.assert_close(given, 6 * x + 2)
+    assert seen == [[64], [64, 64]]
+    _, (again,) = graphs.run(0, double, x[:33])
+    assert torch.equal(again, 2 * x[:33] + 1)
+
+
+def test_steps_of_ranks_say_which_rows_count() -> None:
+    graphs = RowGraphsBySize(64, torch.device("cpu"), graphs=False, lines=2).of(5)
+    assert graphs is not None and graphs.step is not None
+    assert graphs.step.padded == 32 and graphs.step.live_G.tolist() == [0, 0]
