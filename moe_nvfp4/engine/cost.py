@@ -5,6 +5,7 @@ of one machine and model serve for others of their kind.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -44,10 +45,13 @@ class StepCost:
 
 @dataclass(slots=True)
 class PromptBudget:
-    """What a step has left for prompts."""
+    """What a step has left for prompts. A step is filled up to one of `sizes` and takes as long as if all of its rows
+    counted: so prompts get as many rows as fill one, where that is possible."""
 
     rows: int
     cost: StepCost | None
+    sizes: Sequence[int] = ()
+    taken: int = 0  # rows of the step that are given away already
     milliseconds: float = math.inf
     untouched: bool = True
 
@@ -61,20 +65,28 @@ class PromptBudget:
 
     def most(self, start: int) -> int:
         """Rows of a prompt that may follow `start` tokens of it."""
-        if self.cost is None or self.milliseconds == math.inf:
-            return self.rows
-        return min(self.rows, self.cost.rows_within(self.milliseconds, start))
+        rows = self._within(start)
+        full = max((size for size in self.sizes if size <= self.taken + rows), default=0) - self.taken
+        if full > 0:
+            return full
+        return 0 if self.taken in self.sizes and not self.untouched else rows
 
     def takes(self, start: int, rows: int) -> bool:
         """Whether there is room for so many rows that must not be parted. The first ones may take longer than there is
         time, since they would never come else."""
-        return rows <= self.rows and (self.untouched or rows <= self.most(start))
+        return rows <= self.rows and (self.untouched or rows <= self._within(start))
 
     def spend(self, start: int, rows: int) -> None:
         self.untouched = False
         self.rows -= rows
+        self.taken += rows
         if self.cost is not None:
             self.milliseconds -= self.cost.prompt(start, rows)
+
+    def _within(self, start: int) -> int:
+        if self.cost is None or self.milliseconds == math.inf:
+            return self.rows
+        return min(self.rows, self.cost.rows_within(self.milliseconds, start))
 
 
 # Fitted to steps of 8 to 256 sequences and to prompts of 2048 tokens in steps of 4096, Qwen3.6-35B-A3B on one H200

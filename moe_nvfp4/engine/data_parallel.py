@@ -11,6 +11,7 @@ from moe_nvfp4.determinism import Determinism
 from moe_nvfp4.engine.cost import USUAL
 from moe_nvfp4.engine.scheduler import Limits, QueueFull, Rows, Scheduler, Sequence, Step
 from moe_nvfp4.engine.sequence_memory import Memory, PageGroup, SequenceMemory
+from moe_nvfp4.row_graphs import row_buckets
 
 if TYPE_CHECKING:
     from moe_nvfp4.preparation import Preparation
@@ -127,6 +128,7 @@ def scheduler_of(prepared: "Preparation") -> Scheduler | DataParallelScheduler:
         max_waiting=prepared.settings.max_waiting,
         cost=USUAL if prepared.fast else None,
         stretch=prepared.settings.stretch,
+        sizes=tuple(row_buckets(prepared.step_rows)) if prepared.fast else (),
         whole_chunks=prepared.determinism is not Determinism.OFF,
     )
     stride = limits.chunk if limits.whole_chunks else None

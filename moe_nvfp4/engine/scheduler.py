@@ -41,6 +41,7 @@ class Limits:
     max_waiting: int
     cost: StepCost | None = None  # by which prompts beside answers are cut; None: not at all
     stretch: float = STRETCH
+    sizes: tuple[int, ...] = ()  # rows up to which a step is filled up; none: it takes as many as it has
     whole_chunks: bool = False  # pieces depend on their sequence alone: see chunks.py
 
     @property
@@ -194,7 +195,7 @@ class Scheduler:
         limits = self.limits
         answering = [s for s in self.running if chunks.takes_one_row(s, limits) and not s.ends_by_length]
         context = sum(sequence.computed for sequence in answering)
-        budget = PromptBudget(limits.most_rows - len(answering), limits.cost)
+        budget = PromptBudget(limits.most_rows - len(answering), limits.cost, limits.sizes, len(answering))
         budget.beside(len(answering), context, limits.stretch)
         for sequence in tuple(self.running):
             left = sequence.length - sequence.computed

@@ -32,3 +32,21 @@ def test_the_budget_beside_answers() -> None:
     assert PromptBudget(4096, USUAL).beside(2000, 100, 1.0).most(0) == USUAL.least_prompt_rows
     assert PromptBudget(4096, USUAL).beside(0, 0, 1.0).most(0) == 4096, "nobody waits"
     assert PromptBudget(4096, None).beside(64, 0, 1.0).most(0) == 4096
+
+
+def test_steps_are_as_large_as_what_they_are_filled_up_to() -> None:
+    def budget() -> PromptBudget:
+        return PromptBudget(4096 - 256, USUAL, sizes, 256).beside(256, 100_000, 2.25)
+
+    sizes = (256, 512, 1024, 2048, 2560, 4096)
+    free = PromptBudget(4096 - 256, USUAL).beside(256, 100_000, 2.25).most(0)
+    assert 2048 < 256 + free < 2560
+    one = budget()
+    assert one.most(0) == 2048 - 256
+    one.spend(0, 600)
+    assert one.most(0) == 2048 - 856 and one.most(50_000) < 2048 - 856
+    one.spend(0, 2048 - 856)
+    assert one.most(0) == 0
+    sizes = (4096,)
+    assert budget().most(0) == free, "what fills none is better than nothing"
+    assert budget().takes(0, free) and not PromptBudget(100, USUAL, (64,), 10).takes(0, 101)

@@ -22,6 +22,7 @@ traces = st.builds(
             "step_rows": st.integers(1, 40),
             "chunk": st.integers(1, 24),
             "cost": st.sampled_from([None, COST]),
+            "sizes": st.sampled_from([(), (4, 8, 16, 40), (7, 11)]),
         }
     ),
     seed=st.integers(0, 2**32),
@@ -32,6 +33,26 @@ traces = st.builds(
 @given(traces)
 def test_random_traces(trace: Trace) -> None:
     play(trace, requests=25)
+
+
+def test_steps_fill_up_to_their_sizes() -> None:
+    """While there are prompts enough."""
+    server = Server(
+        scheduler(cost=COST, stretch=9.0, step_rows=40, chunk=40, pages=400, sizes=(8, 16, 24, 40)), depth=1
+    )
+    for ident in range(4):
+        server.add(sequence(ident, 200, 6))
+    totals = []
+    while server.scheduler.waiting or server.scheduler.running:
+        step = server.scheduler.plan()
+        assert step is not None
+        totals.append(sum(rows.count for rows in step.rows))
+        for rows in step.rows:
+            if rows.samples:
+                server.scheduler.took(rows, 1)
+                if len(rows.sequence.tokens) >= rows.sequence.prompt_length + 6:
+                    server.scheduler.finish(rows.sequence)
+    assert sum(total in (8, 16, 24, 40) for total in totals) > 0.8 * len(totals), totals
 
 
 def test_the_trace_reaches_what_it_is_for() -> None:
