@@ -78,6 +78,8 @@ class Preparation:
                 self.step_rows = max(STEP_ROWS, self.step_rows // self.ranks.size)
             if settings.deterministic:  # a chunk is not cut to make room for answers
                 self.step_rows = max(self.step_rows, slots + CHUNK)
+            # Steps with prompts of up to so many rows are filled up to a size that has graphs; over several ranks none.
+            self.fill_rows = self.step_rows if self.fast and ranks.size == 1 else 0
             tokenizer = Tokenizer.load(checkpoint.folder)
             media = _media_tokens(checkpoint.config)
             self.eos_token_ids = _eos_token_ids(checkpoint, tokenizer)
@@ -136,10 +138,10 @@ class Preparation:
         logits = 3 * slots * config.vocab_size * 4  # as the model gives them, in float32, and while sampling
         penalties = (slots + 1) * config.vocab_size * BYTES_PER_TOKEN
         scratch = config.workspace_bytes(rows, self.dtype.itemsize)
-        if self.fast:  # row graphs have memory of their own
+        if self.fill_rows:  # row graphs have memory of their own
             scratch *= 2
         if self.cuda_graphs:
-            scratch += (len(self.buckets) + len(row_buckets(self.step_rows))) * GRAPH_BYTES
+            scratch += (len(self.buckets) + len(row_buckets(self.fill_rows))) * GRAPH_BYTES
         plan = plan_memory(
             self.found,
             self.placement,

@@ -23,6 +23,8 @@ Rowwise = Callable[..., tuple[Tensor, list[Tensor]]]
 
 def row_buckets(most: int) -> list[int]:
     """Numbers of rows that get graphs: 32 apart up to 256, and then so close that at most a fifth of them fill up."""
+    if most < 1:
+        return []
     sizes, step = [32], 32
     while sizes[-1] < most:
         if sizes[-1] >= 8 * step:
@@ -114,17 +116,13 @@ class RowGraphsBySize:
     """Of each number of rows, made when a step first needs them. `lines`: as in StepBuffers.new."""
 
     def __init__(self, most: int, device: torch.device, *, graphs: bool, lines: int | None):
-        self._sizes, self._shared = row_buckets(most), Shared(most, device, graphs)
+        self.sizes, self._shared = row_buckets(most), Shared(most, device, graphs)
         self._lines, self._device = lines, device
         self._graphs: dict[int, RowGraphs] = {}
 
-    @property
-    def sizes(self) -> list[int]:
-        return self._sizes
-
     def of(self, rows: int) -> RowGraphs | None:
         """The smallest that have room; None for more rows than any has."""
-        size = next((size for size in self._sizes if size >= rows), None)
+        size = next((size for size in self.sizes if size >= rows), None)
         if size is None:
             return None
         if size not in self._graphs:

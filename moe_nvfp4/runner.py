@@ -53,7 +53,7 @@ class MoERunner(Frontend):
             buckets=prepared.buckets,
             graphs=prepared.cuda_graphs,
             verbose=prepared.settings.verbose,
-            fill_rows=prepared.step_rows if prepared.fast else 0,
+            fill_rows=prepared.fill_rows,
             ranks=prepared.ranks,
             count_rows=prepared.settings.count_experts,
             determinism=prepared.determinism,

@@ -15,52 +15,36 @@ from typing import Final
 
 import torch
 
-from moe_nvfp4.batch import Batch, Piece
+from moe_nvfp4.batch import Batch
 from moe_nvfp4.cache import SequenceCache
-from moe_nvfp4.engine.step_buffers import StepBuffers
 from moe_nvfp4.models import Model
 
 MOST_THREADS: Final = 12
 
 
 def compile_ahead(
-    model: Model,
-    cache: SequenceCache,
-    device: torch.device,
-    *,
-    decodes: Sequence[int] = (),
-    prompts: Sequence[Sequence[int]] = (),
-    rows_at_once: int,
+    model: Model, cache: SequenceCache, device: torch.device, batches: Sequence[Batch], rows_at_once: int
 ) -> None:
-    """Forward passes of decode steps of these numbers of rows, and of steps of prompts of these lengths. Together they
-    have at most `rows_at_once` rows, for which there is workspace, unless one alone has more."""
+    """A forward pass of each batch, whose slots are the spare one. Together they have at most `rows_at_once` rows, for
+    which there is workspace, unless one alone has more."""
     room = _Room(rows_at_once)
 
-    def run(size: int, batch: Batch) -> None:
+    def run(batch: Batch) -> None:
         stream = torch.cuda.Stream(device)
-        with room.of(size), torch.inference_mode(), torch.cuda.device(device), torch.cuda.stream(stream):
+        with (
+            room.of(len(batch.token_ids)),
+            torch.inference_mode(),
+            torch.cuda.device(device),
+            torch.cuda.stream(stream),
+        ):
             model.forward(batch, cache)
             stream.synchronize()
 
-    with torch.inference_mode():
-        steps = [(sum(counts), _prompts(counts, cache.spare_slot, device)) for counts in prompts]
-        steps += [(rows, _decodes(rows, cache.spare_slot, device)) for rows in decodes]
     torch.cuda.synchronize(device)
-    steps.sort(key=lambda step: -step[0])
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="compile") as threads:
-        for done in [threads.submit(run, *step) for step in steps]:
+        for done in [threads.submit(run, batch) for batch in batches]:
             done.result()
     torch.cuda.empty_cache()  # of the threads' streams
-
-
-def _decodes(rows: int, spare_slot: int, device: torch.device) -> Batch:
-    buffers = StepBuffers.new(rows, device)
-    buffers.fill([], spare_slot)
-    return Batch(torch.zeros_like(buffers.rows.slots), buffers.rows, buffers.rows.starts[:-1])
-
-
-def _prompts(counts: Sequence[int], spare_slot: int, device: torch.device) -> Batch:
-    return Batch.of([Piece(spare_slot, 0, [0] * count) for count in counts], device)
 
 
 class _Room:

@@ -128,7 +128,7 @@ def scheduler_of(prepared: "Preparation") -> Scheduler | DataParallelScheduler:
         max_waiting=prepared.settings.max_waiting,
         cost=USUAL if prepared.fast else None,
         stretch=prepared.settings.stretch,
-        sizes=tuple(row_buckets(prepared.step_rows)) if prepared.fast else (),
+        sizes=tuple(row_buckets(prepared.fill_rows)),
         whole_chunks=prepared.determinism is not Determinism.OFF,
     )
     stride = limits.chunk if limits.whole_chunks else None

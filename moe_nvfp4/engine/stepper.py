@@ -62,8 +62,8 @@ class StepResult(NamedTuple):
 
 class Stepper:
     """Batches of decode steps are filled up to one of `buckets`, and so are the rows of steps with prompts, up to
-    `fill_rows` of them. `graphs`: captures those of decode steps when it is built and, where there is one rank, the
-    others when they are needed. `count_rows`: somebody counts rows, and must know which fill up."""
+    `fill_rows` of them. `graphs`: captures those of decode steps when it is built, the others when they are needed.
+    `count_rows`: somebody counts rows, and must know which of them fill up."""
 
     def __init__(
         self,
@@ -88,10 +88,8 @@ class Stepper:
         self.penalties = Penalties(cache.slots, device)
         self.last_tokens = torch.zeros(cache.slots + 1, dtype=torch.int32, device=device)
         self._buffers: dict[int, StepBuffers] = {}
-        self.row_graphs = None
-        if fill_rows:
-            lines = self._lines if self._tells_rows else None
-            self.row_graphs = RowGraphsBySize(fill_rows, device, graphs=graphs and ranks.size == 1, lines=lines)
+        lines = self._lines if self._tells_rows else None
+        self.row_graphs = RowGraphsBySize(fill_rows, device, graphs=graphs, lines=lines) if fill_rows else None
         if graphs:
             self._capture_all(verbose)
 
@@ -230,12 +228,16 @@ class Stepper:
 
     def _run(self, buffers: StepBuffers) -> None:
         slots = buffers.rows.slots
-        batch = Batch(self.last_tokens[slots], buffers.rows, buffers.rows.starts[:-1], buffers.step)
-        buffers.logits = self.determinism.alike(self.model.logits(self.model.forward(batch, self.cache)))
+        hidden = self.model.forward(self._decode_batch(buffers), self.cache)
+        buffers.logits = self.determinism.alike(self.model.logits(hidden))
         buffers.sampled = self._share(sample(buffers.logits, buffers.sampling), len(slots))
         self.last_tokens[slots] = buffers.sampled.token_ids[self._line]
         positions_and_lengths, live = buffers.flat[0:2], buffers.flat[3]
         positions_and_lengths.add_(live)
+
+    def _decode_batch(self, buffers: StepBuffers) -> Batch:
+        rows = buffers.rows
+        return Batch(self.last_tokens[rows.slots], rows, rows.starts[:-1], buffers.step)
 
     def _new_buffers(self, size: int) -> StepBuffers:
         return StepBuffers.new(size, self.device, self._lines if self._tells_rows else None)
@@ -243,15 +245,19 @@ class Stepper:
     def _bucket(self, rows: int) -> int:
         return next((size for size in self.buckets if size >= rows), rows)
 
+    def compile(self, batches: Sequence[Batch], rows_at_once: int) -> None:
+        """What steps of these rows will launch, where it can be done ahead; see compile_ahead."""
+        if self.device.type == "cuda" and self.ranks.size == 1:  # what ranks exchange must have one order
+            compile_ahead(self.model, self.cache, self.device, batches, rows_at_once)
+
     @torch.inference_mode()
     def _capture_all(self, verbose: bool) -> None:
         began, pool = time.perf_counter(), torch.cuda.graph_pool_handle()
-        if self.ranks.size == 1:  # what ranks exchange must have one order
-            rows = self.buckets[-1]
-            compile_ahead(self.model, self.cache, self.device, decodes=self.buckets, rows_at_once=2 * rows)
-        for size in reversed(self.buckets):  # the largest first: the others fit in its memory
-            buffers = self._buffers[size] = self._new_buffers(size)
-            buffers.fill([], self.cache.spare_slot)
+        for size in reversed(self.buckets):
+            self._buffers[size] = self._new_buffers(size)
+            self._buffers[size].fill([], self.cache.spare_slot)
+        self.compile([self._decode_batch(buffers) for buffers in self._buffers.values()], 2 * self.buckets[-1])
+        for size, buffers in self._buffers.items():  # the largest first: the others fit in its memory
             stream = torch.cuda.Stream(self.device)
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):

@@ -9,9 +9,8 @@ import time
 
 import torch
 
-from moe_nvfp4.batch import Piece
+from moe_nvfp4.batch import Batch, Piece
 from moe_nvfp4.cache import SequenceCache
-from moe_nvfp4.engine.compile_ahead import compile_ahead
 from moe_nvfp4.engine.stepper import Stepper, WholeStep
 from moe_nvfp4.row_graphs import RowGraphsBySize
 from moe_nvfp4.sampling import Sampler, SamplingParams
@@ -19,9 +18,7 @@ from moe_nvfp4.sampling import Sampler, SamplingParams
 
 def warm_up(stepper: Stepper, step_rows: int, verbose: bool) -> None:
     began, sizes = time.perf_counter(), step_sizes(stepper.row_graphs, step_rows)
-    if stepper.device.type == "cuda" and stepper.ranks.size == 1:  # what ranks exchange must have one order
-        counts = [prompt_rows(stepper.cache, rows) for rows in sizes]
-        compile_ahead(stepper.model, stepper.cache, stepper.device, prompts=counts, rows_at_once=step_rows)
+    stepper.compile([Batch.of(spare_pieces(stepper.cache, rows), stepper.device) for rows in sizes], step_rows)
     for rows in sizes:
         _step(stepper, rows, SamplingParams())
         if verbose:
@@ -42,24 +39,23 @@ def step_sizes(graphs: RowGraphsBySize | None, most: int) -> list[int]:
     return sorted({size for size in sizes if size < most} | {most}, reverse=True)
 
 
-def prompt_rows(cache: SequenceCache, rows: int) -> list[int]:
-    """Rows of each sequence of a step: a third are next tokens, as beside answers that have begun, and no prompt has
-    more than the cache takes in a step."""
+def spare_pieces(cache: SequenceCache, rows: int) -> list[Piece]:
+    """A step of so many rows, all in the spare slot: a third are next tokens, as beside answers that have begun, and no
+    prompt has more than the cache takes in a step."""
     counts, left = [1] * min(rows // 3, cache.slots), rows - min(rows // 3, cache.slots)
     while left:
         counts.append(min(left, cache.settings.chunk, cache.settings.max_seq_len))
         left -= counts[-1]
-    return counts
+    return [Piece(cache.spare_slot, 0, [0] * count) for count in counts]
 
 
 def _step(stepper: Stepper, rows: int, params: SamplingParams) -> None:
-    spare, counts = stepper.cache.spare_slot, prompt_rows(stepper.cache, rows)
-    pieces = [Piece(spare, 0, [0] * count) for count in counts]
+    pieces = spare_pieces(stepper.cache, rows)
     whole = None
     if stepper.ranks.splits_rows:
         size = stepper.ranks.size
-        places = tuple((rank, index) for rank in range(size) for index in range(len(counts)))
-        whole = WholeStep((len(counts),) * size, (rows,) * size, places, False)
+        places = tuple((rank, index) for rank in range(size) for index in range(len(pieces)))
+        whole = WholeStep((len(pieces),) * size, (rows,) * size, places, False)
     stepper.mixed(pieces, [Sampler(params)] * len(pieces), whole=whole).wait()
     if stepper.device.type == "cuda":
         torch.cuda.synchronize(stepper.device)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from model_checks import tiny_model
 
-from moe_nvfp4.engine.warm_up import prompt_rows, step_sizes, warm_up
+from moe_nvfp4.engine.warm_up import spare_pieces, step_sizes, warm_up
 from moe_nvfp4.runner import MoERunner
 from moe_nvfp4.sampling import SamplingParams
 
@@ -34,5 +34,5 @@ def test_every_range_of_sizes_has_one(most: int) -> None:
 def test_rows_of_a_step_are_shared_out(rows: int, tmp_path: Path) -> None:
     folder = tiny_model("nvidia/Qwen3.6-35B-A3B-NVFP4", tmp_path / "model")
     with MoERunner.from_pretrained(folder, device="cpu", max_batch_size=3, max_seq_len=32, verbose=False) as runner:
-        counts = prompt_rows(runner.cache, rows)
+        counts = [len(piece.token_ids) for piece in spare_pieces(runner.cache, rows)]
     assert sum(counts) == rows and max(counts) <= 32
