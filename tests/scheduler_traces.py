@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from hypothesis import strategies as st
 from scheduler_model import Server
 
 from moe_nvfp4.engine.cost import StepCost
@@ -52,6 +53,21 @@ class Trace:
     depth: int
     limits: dict[str, Any]
     seed: int
+
+
+def traces(fewest_pages: int, **limits: st.SearchStrategy[Any]) -> st.SearchStrategy[Trace]:
+    """Random ones, of all kinds; `limits` beside those that all of them have."""
+    usual = {"slots": st.integers(1, 6), "step_rows": st.integers(1, 40), "cost": st.sampled_from([None, COST])}
+    return st.builds(
+        Trace,
+        kind=st.sampled_from(sorted(GROUPS)),
+        pages=st.integers(fewest_pages, 60),
+        snapshots=st.integers(0, 6),
+        reuse=st.booleans() | st.just(True),
+        depth=st.integers(1, 3),
+        limits=st.fixed_dictionaries(usual | limits),
+        seed=st.integers(0, 2**32),
+    )
 
 
 def play(trace: Trace, requests: int) -> Server:

@@ -10,27 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduler_model import Server
-from scheduler_traces import COST, GROUPS, Trace, play, scheduler, sequence
+from scheduler_traces import COST, GROUPS, Trace, play, scheduler, sequence, traces
 
 CHUNK = 16
-whole_traces = st.builds(
-    Trace,
-    kind=st.sampled_from(sorted(GROUPS)),
-    pages=st.integers(16, 60),
-    snapshots=st.integers(0, 6),
-    reuse=st.booleans() | st.just(True),
-    depth=st.integers(1, 3),
-    limits=st.fixed_dictionaries(
-        {
-            "slots": st.integers(1, 6),
-            "step_rows": st.integers(1, 40),
-            "chunk": st.sampled_from((4, 8, 16, 24)),
-            "cost": st.sampled_from([None, COST]),
-            "whole_chunks": st.just(True),
-        }
-    ),
-    seed=st.integers(0, 2**32),
-)
+whole_traces = traces(16, chunk=st.sampled_from((4, 8, 16, 24)), whole_chunks=st.just(True))
 
 
 @settings(max_examples=40)

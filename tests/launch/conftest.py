@@ -1,4 +1,7 @@
-"""One Ray cluster for all tests, as `ray start` makes it: four CPUs, a dashboard that takes jobs."""
+"""A Ray cluster for all tests, as `ray start` makes it: four CPUs, a dashboard that takes jobs; a server and a client.
+
+What needs an extra is imported where it is used: other tests of this folder run without.
+"""
 
 import os
 import shutil
@@ -10,8 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import openai
+    from serving import Serving
 
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -77,3 +85,21 @@ def cluster() -> Iterator[Cluster]:
         for node in reversed(nodes):
             stop(node)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Serving]":
+    """The model `demo`, and `tools` with a template of Qwen3's kind."""
+    from serving import HERMES, demo_runner, demo_with, serving
+
+    folder = demo_with(tmp_path_factory.mktemp("served") / "tools", HERMES)
+    with demo_runner() as plain, demo_runner(folder) as tools, serving({"demo": plain, "tools": tools}) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def client(served: "Serving") -> "Iterator[openai.OpenAI]":
+    import openai
+
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0, timeout=60) as client:
+        yield client

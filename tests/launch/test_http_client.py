@@ -4,31 +4,17 @@ own answer."""
 import asyncio
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
 import pytest
-from serving import HERMES, NOW, WEATHER, Saying, Serving, calls_of, demo_runner, demo_with, serving
+from serving import NOW, WEATHER, Saying, Serving, calls_of
 
 from moe_nvfp4.sampling import SamplingParams
 
 GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 HELLO: Any = [{"role": "user", "content": "Hello there"}]
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    folder = demo_with(tmp_path_factory.mktemp("client") / "tools", HERMES)
-    with demo_runner() as plain, demo_runner(folder) as tools, serving({"demo": plain, "tools": tools}) as one:
-        yield one
-
-
-@pytest.fixture(scope="module")
-def client(served: Serving) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0, timeout=60) as client:
-        yield client
 
 
 def offline(served: Serving, prompt: Any, **fields: Any) -> Any:

@@ -3,7 +3,6 @@ strictly."""
 
 import json
 import socket
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from typing import Any
@@ -14,14 +13,11 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 from serving import (
-    HERMES,
     NOW,
     WEATHER,
     Saying,
     Serving,
     calls_of,
-    demo_runner,
-    demo_with,
     require_free,
     serving,
     until,
@@ -37,19 +33,6 @@ SAID: Any = {"type": "output_text", "text": "I look.", "annotations": []}
 NOON: Any = {"type": "input_text", "text": "noon"}
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 DONE = ["response.output_text.done", "response.content_part.done", "response.output_item.done"]
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    folder = demo_with(tmp_path_factory.mktemp("responses") / "tools", HERMES)
-    with demo_runner() as plain, demo_runner(folder) as tools, serving({"demo": plain, "tools": tools}) as one:
-        yield one
-
-
-@pytest.fixture(scope="module")
-def client(served: Serving) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0, timeout=60) as client:
-        yield client
 
 
 def events_of(served: Serving, **fields: Any) -> list[dict[str, Any]]:
