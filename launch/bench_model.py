@@ -20,7 +20,6 @@ from moe_nvfp4.engine.lease import Lease
 from moe_nvfp4.engine.step_buffers import DecodeRow
 from moe_nvfp4.engine.stepper import WholeStep
 from moe_nvfp4.errors import RequestError
-from moe_nvfp4.launch.step_bytes import step_bytes
 from moe_nvfp4.launch.step_explanation import STEPS as EXPLAINED_STEPS
 from moe_nvfp4.launch.step_explanation import explain
 from moe_nvfp4.parallel import Ranks
@@ -99,7 +98,7 @@ def bench_decode(
     for batch in batches:
         with prefilled(runner, Shares((batch,), 0), context) as rows:
             times = runner.engine.call(partial(timed_steps, runner, rows))
-            moved = step_bytes(runner, batch, context + WARM_UP_STEPS + TIMED_STEPS // 2)
+            moved = runner.step_bytes.by_kind([context + WARM_UP_STEPS + TIMED_STEPS // 2] * batch)
             result = DecodeResult(batch, context, statistics.median(times), min(times), max(times), sum(moved.values()))
             report(result.line(bytes_per_second))
             results.append(asdict(result) | {"tokens_per_second": result.tokens_per_second, "bytes_by_kind": moved})

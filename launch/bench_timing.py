@@ -1,6 +1,7 @@
 """Time on the GPU by graph replays, and the ceilings that a share is a share of."""
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import torch
 REPLAYS = 15
 WARM_UPS = 3
 READ_BYTES = 4 << 30
+HOST_READ_BYTES = 256 << 20  # more than caches hold
 MATMUL_SIZE = 8192
 
 
@@ -60,16 +62,31 @@ def graph_time(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) ->
     return Timing(statistics.median(times), min(times), max(times))
 
 
-def measure_read() -> float:
+def measure_read(device: torch.device) -> float:
     """Bytes a second of a reduction over memory."""
-    count = min(READ_BYTES, torch.cuda.mem_get_info()[0] // 2) // 4
-    data = torch.empty(count, dtype=torch.float32, device="cuda").uniform_()
-    return 4e6 * count / graph_time([lambda: data.sum()]).median
+    if device.type != "cuda":
+        return _measure_host_read()
+    with torch.cuda.device(device):
+        count = min(READ_BYTES, torch.cuda.mem_get_info()[0] // 2) // 4
+        data = torch.empty(count, dtype=torch.float32, device="cuda").uniform_()
+        median = graph_time([data.sum]).median
+        del data
+        torch.cuda.empty_cache()
+        return 4e6 * count / median
+
+
+def _measure_host_read() -> float:
+    data, times = torch.ones(HOST_READ_BYTES // 4), []
+    for _ in range(WARM_UPS):
+        began = time.perf_counter()
+        data.sum()
+        times.append(time.perf_counter() - began)
+    return HOST_READ_BYTES / min(times)
 
 
 def measure_ceilings() -> Ceilings:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    read, size = measure_read(), MATMUL_SIZE
+    read, size = measure_read(torch.device("cuda", torch.cuda.current_device())), MATMUL_SIZE
     a, b = (torch.randn(size, size, device="cuda").bfloat16() for _ in range(2))
     product = graph_time([lambda: a @ b] * 4)
     return Ceilings(

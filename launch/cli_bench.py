@@ -3,10 +3,14 @@
 import argparse
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_nvfp4.errors import RequestError
 from moe_nvfp4.launch.cli_bench_traffic import add_traffic
 from moe_nvfp4.launch.cli_figures import numbers, pair, where, write
+
+if TYPE_CHECKING:
+    import torch
 
 BROKEN_KERNEL = INCOMPLETE = 1
 
@@ -116,7 +120,7 @@ def _decode(arguments: argparse.Namespace) -> int:
         buckets=batches,
     )
     with MoERunner(prepared) as runner:
-        ceiling = _ceiling(runner.device.type)
+        ceiling = _ceiling(runner.device)
         results = bench_decode(
             runner,
             batches,
@@ -217,8 +221,8 @@ def _serve_offline(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _ceiling(device: str) -> float | None:
+def _ceiling(device: "torch.device") -> float | None:
     """Bytes a second that this GPU reads, measured now."""
     from moe_nvfp4.launch.bench_timing import measure_read
 
-    return measure_read() if device == "cuda" else None
+    return measure_read(device) if device.type == "cuda" else None

@@ -4,16 +4,20 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from moe_nvfp4.async_runner import AsyncMoERunner, Following, Receiver
+from moe_nvfp4.engine.loop import Engine
 from moe_nvfp4.engine.stats import EngineStats
 from moe_nvfp4.errors import MoeNvfp4Error
 from moe_nvfp4.generation import Completion, Increment
+from moe_nvfp4.launch.bench_timing import measure_read
 from moe_nvfp4.launch.http_dialects import Dialect
 from moe_nvfp4.launch.http_errors import ApiError
 from moe_nvfp4.launch.http_metrics import Family, Registry, gauge
 from moe_nvfp4.prompts import PromptEncoder
+from moe_nvfp4.runner import MoERunner
 from moe_nvfp4.sampling import SamplingParams
 
 Result = TypeVar("Result")
@@ -53,6 +57,9 @@ class ServedModel:
         self._first_token = metrics.first_token.labelled(model=name)
         self._new_tokens = metrics.new_tokens.labelled(model=name)
         metrics.registry.register(self._engine_figures)
+        if isinstance(runner.runner, MoERunner):
+            rate = measure_read(runner.runner.device)
+            metrics.registry.register(partial(self._floor_figures, runner.runner.engine, rate))
 
     async def encode(self, params: SamplingParams, function: Callable[[], Result]) -> Result:
         threads = self._compiler if self.prompts.compiles(params) else self._encoder
@@ -149,6 +156,15 @@ class ServedModel:
         free_text, held_text = "Pages of the cache that no answer holds.", "Pages of the cache that answers hold."
         yield gauge("moe_nvfp4_pages_free", free_text, zip(groups, now.free_pages, strict=True))
         yield gauge("moe_nvfp4_pages_held", held_text, zip(groups, held, strict=True))
+
+    def _floor_figures(self, engine: Engine, bytes_per_second: float) -> Iterable[Family]:
+        """Bytes over seconds and over the rate of reading is the share of a step that its bytes alone would take."""
+        label, counters = {"model": self.name}, engine.stats().counters
+        seconds, moved = "In steps of next tokens only.", "Bytes that those steps had to move, at least."
+        rate = "Rate at which this device reads its memory, measured when the model was loaded."
+        yield gauge("moe_nvfp4_decode_seconds_total", seconds, [(label, counters.decode_seconds)], "counter")
+        yield gauge("moe_nvfp4_decode_bytes_total", moved, [(label, counters.decode_bytes)], "counter")
+        yield gauge("moe_nvfp4_read_bytes_per_second", rate, [(label, bytes_per_second)])
 
     def close(self) -> None:
         for threads in (self._encoder, self._compiler):

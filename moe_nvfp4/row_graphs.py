@@ -95,7 +95,7 @@ class RowGraphs:
 
     def _capture(self, compute: Rowwise, arguments: Sequence[Tensor]) -> Part:
         inputs = self._filled_up(arguments)
-        compute(*inputs)  # compiles what is not compiled yet, and loads it, which no capture can
+        self._compile(compute, inputs)
         graph, stream = torch.cuda.CUDAGraph(), self._shared.stream
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
@@ -110,6 +110,16 @@ class RowGraphs:
         # between reads, and the one after that the memory of the rows carried on.
         self._carried = carried
         return Part(graph, inputs, alias(carried), [alias(x) for x in given])
+
+    def _compile(self, compute: Rowwise, inputs: Sequence[Tensor]) -> None:
+        """What is not compiled yet, and loads it, which no capture can. The graph's rows count, and not this run's."""
+        if self.step is None:
+            compute(*inputs)
+            return
+        live_G = self.step.live_G.clone()
+        self.step.live_G.zero_()
+        compute(*inputs)
+        self.step.live_G.copy_(live_G)
 
 
 class RowGraphsBySize:

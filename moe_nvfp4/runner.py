@@ -24,6 +24,7 @@ from moe_nvfp4.parallel import ALONE, Ranks
 from moe_nvfp4.preparation import Preparation
 from moe_nvfp4.routing.placement import Placement
 from moe_nvfp4.settings import RunnerSettings
+from moe_nvfp4.step_bytes import StepBytes
 
 
 class MoERunner(Frontend):
@@ -61,12 +62,14 @@ class MoERunner(Frontend):
         if prepared.warm_up:
             warm_up(self.stepper, prepared.step_rows, prepared.settings.verbose)
             self.experts.tables.forget_counts()
+        self.step_bytes = StepBytes.of(self.found, self.config, self.dtype, prepared.cache_settings)
         self.engine: Engine = Engine(
             self.stepper,
             scheduler_of(prepared),
             prepared.eos_token_ids,
             self.config.vocab_size,
             orders(self.answer) if orders else None,
+            self.step_bytes.total if prepared.ranks.size == 1 else None,
         )
         if prepared.settings.count_experts:
             self.expert_loads = ExpertLoads(self._expert_rows, self.config.num_experts)

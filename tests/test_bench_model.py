@@ -8,7 +8,6 @@ from model_checks import runner_of, tiny_model
 
 from moe_nvfp4.launch import cli
 from moe_nvfp4.launch.bench_model import TIMED_STEPS
-from moe_nvfp4.launch.step_bytes import step_bytes
 from moe_nvfp4.launch.step_explanation import kind_of
 
 NAMES = ["nvidia/Qwen3.6-35B-A3B-NVFP4", "nvidia/Gemma-4-26B-A4B-NVFP4"]
@@ -75,7 +74,7 @@ def test_bad_numbers_are_refused(folder: Path, options: list[str], capsys: pytes
 def test_every_weight_is_counted_once(folder: Path) -> None:
     """With a batch that reaches all experts, a step moves all weights; of an untied embedding only rows."""
     with runner_of(folder) as runner:
-        moved = step_bytes(runner, 10**6, 1)
+        moved = runner.step_bytes.by_kind([1] * 10**6)
         unread = 0 if runner.config.tied else runner.model.embed.nbytes
         weights = sum(nbytes for kind, nbytes in moved.items() if kind != "cache")
         assert weights == pytest.approx(runner.plan.experts + runner.plan.dense - unread)
@@ -86,7 +85,7 @@ def test_experts_of_one_token(folder: Path) -> None:
         config = runner.config
         shared = runner.experts.placement.num_experts - config.num_experts
         share = (config.experts_per_token + shared) / runner.experts.placement.num_experts
-        assert step_bytes(runner, 1, 1)["experts"] == pytest.approx(runner.plan.experts * share)
+        assert runner.step_bytes.by_kind([1])["experts"] == pytest.approx(runner.plan.experts * share)
 
 
 def test_kernels_have_kinds() -> None:

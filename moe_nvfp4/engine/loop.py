@@ -35,13 +35,15 @@ Result = TypeVar("Result")
 class Flight(NamedTuple):
     step: Step
     result: StepResult | SeparateResults
+    launched: float  # by time.monotonic()
 
 
 class Engine:
     """Started when it is built. All methods may be called from any thread.
 
     `turns` counts up while the loop lives: with several ranks at least every BEAT_SECONDS, alone while it is busy.
-    `named` are the functions that `call_everywhere` may run.
+    `named` are the functions that `call_everywhere` may run. `step_bytes`: what a step of next tokens must move, given
+    the tokens of each of its sequences; without it none is counted.
     """
 
     def __init__(
@@ -51,8 +53,11 @@ class Engine:
         eos_token_ids: frozenset[int],
         vocab_size: int,
         orders: Orders | None = None,
+        step_bytes: Callable[[list[int]], float] | None = None,
     ):
         self.stepper, self.scheduler = stepper, scheduler
+        self._step_bytes = step_bytes
+        self._landed = 0.0  # when the last step did
         self.eos_token_ids, self.vocab_size = eos_token_ids, vocab_size
         self._depth = 2 if stepper.device.type == "cuda" else 1
         self._orders: Orders = orders or LocalOrders()
@@ -227,7 +232,8 @@ class Engine:
         step = self.scheduler.plan()
         if step is not None:
             answers = [self._open[rows.sequence.ident][0] for rows in step.rows]
-            self._flights.append(Flight(step, launch(self.stepper, step, answers, self.vocab_size)))
+            began = time.monotonic()
+            self._flights.append(Flight(step, launch(self.stepper, step, answers, self.vocab_size), began))
             self.counters.launched(step)
         if self._flights and (step is None or len(self._flights) >= self._depth):
             self._land(self._flights.popleft())
@@ -236,6 +242,7 @@ class Engine:
 
     def _land(self, flight: Flight) -> None:
         token_ids, peaks = flight.result.wait()
+        self._count_step(flight)
         self._digest = zlib.crc32(array("i", token_ids), self._digest)
         given: list[tuple[Sink, Increment | Exception]] = []
         try:
@@ -282,6 +289,13 @@ class Engine:
         self._open[sequence.ident] = answer, sink
         self.counters.requests += 1
         self.scheduler.add(sequence)
+
+    def _count_step(self, flight: Flight) -> None:
+        """From the end of the step before it, or from its launch if nothing was under way."""
+        before, self._landed = self._landed, time.monotonic()
+        if self._step_bytes is not None and flight.step.decodes_only:
+            self.counters.decode_seconds += self._landed - max(before, flight.launched)
+            self.counters.decode_bytes += self._step_bytes([rows.start + 1 for rows in flight.step.rows])
 
     def _count(self, answer: Answer) -> None:
         """A token has come."""

@@ -23,6 +23,8 @@ class Counters:
     decode_rows: int = 0  # next tokens, of either kind of step
     prompt_rows: int = 0  # and of answers that are computed again
     busy_seconds: float = 0.0
+    decode_seconds: float = 0.0  # of steps of next tokens only, and what they had to move; 0 where it is not known
+    decode_bytes: float = 0.0
     last_token: float | None = None  # by time.monotonic()
 
     def launched(self, step: Step) -> None:

@@ -42,6 +42,8 @@ def test_of_answers(runner: MoERunner) -> None:
     assert (counters.prompt_rows, counters.decode_rows) == (136, 8)
     assert counters.last_token is not None and before < counters.last_token < time.monotonic()
     assert 0 < counters.busy_seconds <= time.monotonic() - before + 0.1
+    assert 0 < counters.decode_seconds < counters.busy_seconds
+    assert counters.decode_bytes == pytest.approx(2 * sum(runner.step_bytes.total([100 + n]) for n in range(1, 5)))
     assert idle.counters.requests == 0, "a look is a copy"
 
 
