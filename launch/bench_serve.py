@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
-from typing import Any
+from typing import Any, Final
 
 import httpx
 
@@ -25,6 +25,14 @@ from moe_nvfp4.launch.serve_load import Load
 LATE = 0.02  # seconds of our own lag at p99, from which on figures are not to be trusted
 LEAD = 0.5  # seconds for clients to start and to read what they shall send
 LONGEST_LINE = 2**30
+NOTICED = 0.5  # seconds in which a server learns that a client has left
+TAKEN: Final = {
+    "process_resident_memory_bytes": ("GB of memory", 1e9),
+    "moe_nvfp4_device_memory_bytes": ("GB of device memory", 1e9),
+    "process_open_fds": ("open files", 1),
+    "moe_nvfp4_requests_running": ("answers running", 1),
+    "moe_nvfp4_pages_held": ("pages held", 1),
+}
 FINENESS = 1.1  # the search ends when the rate that is too high is less than so many times the one that is not
 
 
@@ -47,11 +55,15 @@ async def bench_serve(
     clients = [await _client() for _ in range(processes)]
     try:
         await _warm_up(clients, target, load.bodies(model, target.chat, 0.0))
+        before = await taken(target)
         report(HEAD)
 
         async def run(rate: float) -> dict[str, Any]:
-            outcomes, lags = await send(clients, target, load.arrivals(rate), load.bodies(model, target.chat, rate))
-            figures = summary(outcomes, lags, limit)
+            bodies = load.bodies(model, target.chat, rate)
+            outcomes, lags = await send(clients, target, load.arrivals(rate), bodies, load.patience(rate))
+            if load.leaving:
+                await asyncio.sleep(NOTICED)
+            figures = summary(outcomes, lags, limit) | {"taken": await taken(target)}
             report(row(rate, figures))
             return {"rate": rate} | figures
 
@@ -65,7 +77,7 @@ async def bench_serve(
         report(f"largest rate with p99 of the time to first token at most {limit:g} s: {largest:.3g} requests a second")
     elif search:
         report(f"no rate was found at which p99 of the time to first token is at most {limit:g} s")
-    return {"target": target.base, "model": model, "load": asdict(load), "limit": limit} | {
+    return {"target": target.base, "model": model, "load": asdict(load), "limit": limit, "taken": before} | {
         "rates": sorted(results, key=lambda one: one["rate"]),
         "largest_rate": largest,
     }
@@ -78,7 +90,11 @@ async def _client() -> Process:
 
 
 async def send(
-    clients: Sequence[Process], target: Target, arrivals: Sequence[float], bodies: Sequence[dict[str, Any]]
+    clients: Sequence[Process],
+    target: Target,
+    arrivals: Sequence[float],
+    bodies: Sequence[dict[str, Any]],
+    patience: Sequence[int | None],
 ) -> tuple[list[Outcome], list[float]]:
     """Each client gets every so manieth request, so each of them sees a Poisson process as well."""
     began = time.monotonic() + LEAD
@@ -86,7 +102,8 @@ async def send(
     async def part(number: int, client: Process) -> Any:
         assert client.stdin is not None and client.stdout is not None
         dues = [began + arrival for arrival in arrivals[number :: len(clients)]]
-        job = {"target": asdict(target), "dues": dues, "bodies": bodies[number :: len(clients)]}
+        job = {"target": asdict(target), "dues": dues}
+        job |= {"bodies": bodies[number :: len(clients)], "patience": patience[number :: len(clients)]}
         client.stdin.write(json.dumps(job).encode() + b"\n")
         await client.stdin.drain()
         return json.loads(await client.stdout.readline())
@@ -97,13 +114,14 @@ async def send(
 
 
 def summary(outcomes: Sequence[Outcome], lags: Sequence[float], limit: float) -> dict[str, Any]:
-    whole = [one for one in outcomes if one.problem is None]
+    whole = [one for one in outcomes if one.problem is None and not one.left]
     seconds = max(one.due + one.end for one in outcomes) - min(one.due for one in outcomes)
     firsts = [one.arrivals[0] for one in whole if one.arrivals]
     tokens = sum(one.tokens_out or len(one.arrivals) for one in whole)
     return {
         "requests": len(outcomes),
         "completed": len(whole),
+        "left": sum(one.left for one in outcomes),
         "problems": dict(Counter(one.problem for one in outcomes if one.problem)),
         "seconds": seconds,
         "requests_per_second": len(whole) / seconds,
@@ -130,7 +148,7 @@ HEAD = (
 def row(rate: float, figures: dict[str, Any]) -> str:
     problems = figures["problems"]
     busy = [problems.get("429", 0), problems.get("503", 0)]
-    failed = figures["requests"] - figures["completed"] - sum(busy)
+    failed = figures["requests"] - figures["completed"] - figures["left"] - sum(busy)
 
     def three(kind: str, scale: float = 1.0) -> str:
         return " ".join(f"{scale * figures[kind][at]:>7.{2 if scale == 1 else 1}f}" for at in ("p50", "p90", "p99"))
@@ -143,6 +161,12 @@ def row(rate: float, figures: dict[str, Any]) -> str:
     if failed:
         others = {name: count for name, count in problems.items() if name not in ("429", "503")}
         line += f"\n       failed: {', '.join(f'{name} {count}' for name, count in others.items())}"
+    if figures["left"]:
+        line += f"\n       {figures['left']} clients left before their answer was complete"
+    if figures.get("taken"):
+        line += (
+            f"\n       the server has {', '.join(f'{value:,.2f} {unit}' for unit, value in figures['taken'].items())}"
+        )
     if figures["late"]:
         late = 1e3 * figures["own_lag"]["p99"]
         line += f"\n       this program was {late:.0f} ms late at p99: it, not the server, may be what is slow here"
@@ -179,6 +203,22 @@ async def _search(
     return fine
 
 
+async def taken(target: Target) -> dict[str, float]:
+    """What the server has of its machine, where its metrics say so: the same after ten minutes as after one."""
+    async with httpx.AsyncClient(timeout=target.timeout) as client:
+        try:
+            text = (await client.get(target.base.removesuffix("/v1") + "/metrics")).raise_for_status().text
+        except httpx.HTTPError:
+            return {}
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        name, _, value = line.replace("{", " ").rpartition(" ")
+        for metric, (unit, scale) in TAKEN.items():
+            if name.split(" ")[0] == metric:
+                found[unit] = found.get(unit, 0.0) + float(value) / scale
+    return found
+
+
 async def _first_model(target: Target) -> str:
     try:
         async with httpx.AsyncClient(headers=target.headers) as client:
@@ -195,6 +235,6 @@ async def _warm_up(clients: Sequence[Process], target: Target, bodies: Sequence[
     """A request through each client, one after the other: the first answers are slow for other reasons than load, and
     a wrong address is known at once."""
     for client, body in zip(clients, bodies, strict=False):
-        (outcome,), _ = await send([client], target, [0.0], [body])
+        (outcome,), _ = await send([client], target, [0.0], [body], [None])
         if outcome.problem is not None:
             raise RequestError(f"{target.path}: {outcome.problem}: {outcome.detail}; expected a streamed answer")

@@ -42,6 +42,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab", type=int, metavar="N", help="prompts are token ids below N, not text")
     parser.add_argument("--chat", action="store_true", help="through /v1/chat/completions")
     parser.add_argument("--no-ignore-eos", action="store_true", help="for servers that do not know ignore_eos")
+    parser.add_argument("--leaving", type=float, default=0.0, metavar="S", help="share of clients that leave early")
     parser.add_argument("--limit", type=float, default=1.0, metavar="S", help="on time to first token; default: 1 s")
     parser.add_argument("--find-rate", action="store_true", help="search the largest rate with p99 within the limit")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="that send requests; default: 1")
@@ -74,6 +75,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         vocab=arguments.vocab,
         ignore_eos=not arguments.no_ignore_eos,
         seed=arguments.seed,
+        leaving=arguments.leaving,
     )
     key = os.environ.get("OPENAI_API_KEY")
     target = Target(arguments.url, arguments.model, key, arguments.chat, arguments.timeout)

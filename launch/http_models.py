@@ -16,6 +16,7 @@ from moe_nvfp4.launch.bench_timing import measure_read
 from moe_nvfp4.launch.http_dialects import Dialect
 from moe_nvfp4.launch.http_errors import ApiError
 from moe_nvfp4.launch.http_metrics import Family, Registry, gauge
+from moe_nvfp4.launch.http_process import process_figures
 from moe_nvfp4.prompts import PromptEncoder
 from moe_nvfp4.runner import MoERunner
 from moe_nvfp4.sampling import SamplingParams
@@ -38,6 +39,7 @@ class Metrics:
         self.first_token = histogram("moe_nvfp4_time_to_first_token_seconds", "From request to first token.")
         self.between = histogram("moe_nvfp4_time_between_tokens_seconds", "From one token of an answer to the next.")
         self.whole = histogram("moe_nvfp4_request_seconds", "From request to the end of its last answer.")
+        self.registry.register(process_figures)
 
 
 class ServedModel:

@@ -48,14 +48,16 @@ class Outcome:
     tokens_in: int = 0
     tokens_out: int = 0
     finished: bool = False
+    left: bool = False  # this client did, before the answer was complete
     problem: str | None = None  # what kept it from being a whole answer
     detail: str = ""  # what the server said of it
 
 
 async def send_all(
-    target: Target, dues: list[float], bodies: list[dict[str, Any]]
+    target: Target, dues: list[float], bodies: list[dict[str, Any]], patience: list[int | None]
 ) -> tuple[list[Outcome], list[float]]:
-    """The outcomes, and how late this process was: at sending, and at waking its tasks."""
+    """The outcomes, and how late this process was: at sending, and at waking its tasks. `patience`: after how many
+    pieces a client leaves."""
     lags: list[float] = []
     tasks: list[asyncio.Task[None]] = []
     outcomes = [Outcome(due) for due in dues]
@@ -63,10 +65,10 @@ async def send_all(
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=1000)
     async with httpx.AsyncClient(limits=limits, headers=target.headers, timeout=target.timeout) as client:
         try:
-            for outcome, body in zip(outcomes, bodies, strict=True):
+            for outcome, body, most in zip(outcomes, bodies, patience, strict=True):
                 await asyncio.sleep(max(0.0, outcome.due - time.monotonic()))
                 lags.append(time.monotonic() - outcome.due)
-                tasks.append(asyncio.create_task(_ask(client, target, body, outcome)))
+                tasks.append(asyncio.create_task(_ask(client, target, body, outcome, most)))
             await asyncio.gather(*tasks)
         finally:
             for task in (heart, *tasks):
@@ -81,7 +83,9 @@ async def beat(lags: list[float]) -> None:
         lags.append(time.monotonic() - before - BEAT)
 
 
-async def _ask(client: httpx.AsyncClient, target: Target, body: dict[str, Any], outcome: Outcome) -> None:
+async def _ask(
+    client: httpx.AsyncClient, target: Target, body: dict[str, Any], outcome: Outcome, most: int | None
+) -> None:
     try:
         async with asyncio.timeout(target.timeout), client.stream("POST", target.path, json=body) as response:
             if response.status_code != 200:
@@ -94,6 +98,9 @@ async def _ask(client: httpx.AsyncClient, target: Target, body: dict[str, Any], 
                 for line in lines:
                     if line.startswith(b"data:") and b"[DONE]" not in line:
                         _take(json.loads(line[5:]), outcome)
+                if most is not None and len(outcome.arrivals) >= most and not outcome.finished:
+                    outcome.left = True
+                    return
             if outcome.problem is None and not outcome.finished:
                 outcome.problem = "cut off"
     except TimeoutError:
@@ -121,7 +128,7 @@ def _take(event: dict[str, Any], outcome: Outcome) -> None:
 def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
-        outcomes, lags = asyncio.run(send_all(Target(**job["target"]), job["dues"], job["bodies"]))
+        outcomes, lags = asyncio.run(send_all(Target(**job["target"]), job["dues"], job["bodies"], job["patience"]))
         print(json.dumps({"outcomes": [asdict(one) for one in outcomes], "lags": lags}), flush=True)
 
 

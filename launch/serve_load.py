@@ -32,12 +32,15 @@ class Load:
     vocab: int | None = None  # prompts are token ids below it; None: text, whose tokens the server counts
     ignore_eos: bool = True
     seed: int = 0
+    leaving: float = 0.0  # share of clients that leave before their answer is complete
 
     def check(self) -> None:
         if self.lengths == "log-uniform":
             self._trace().check()
         if self.requests < 1:
             raise RequestError(f"--requests: got {self.requests}; expected at least 1")
+        if not 0 <= self.leaving <= 1:
+            raise RequestError(f"--leaving: got {self.leaving}; expected a share from 0 to 1")
         if self.vocab is not None and self.vocab < 1:
             raise RequestError(f"--vocab: got {self.vocab}; expected at least 1")
 
@@ -51,6 +54,11 @@ class Load:
         remember prompts."""
         draw = random.Random(f"{self.seed} {rate}")
         return [self._body(model, chat, draw, *lengths) for lengths in self._lengths()]
+
+    def patience(self, rate: float) -> list[int | None]:
+        """Of each client, after how many pieces of its answer it leaves; None: it stays."""
+        draw = random.Random(f"leaving {self.seed} {rate}")
+        return [draw.randrange(answer) if draw.random() < self.leaving else None for _, answer in self._lengths()]
 
     def _lengths(self) -> list[tuple[int, int]]:
         if self.lengths == "log-uniform":
