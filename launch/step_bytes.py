@@ -2,6 +2,7 @@
 
 from moe_nvfp4.dense_weights import dense_bytes
 from moe_nvfp4.expert_buffers import expert_bytes
+from moe_nvfp4.kernels.delta_state import bytes_per_token
 from moe_nvfp4.runner import MoERunner
 
 
@@ -32,5 +33,5 @@ def step_bytes(runner: MoERunner, batch: int, length: int) -> dict[str, float]:
         tokens = 2 * kept * attention.kv_heads * attention.head_dim * settings.kv_dtype.itemsize
         moved["cache"] += batch * len(attention.layers) * tokens
     if delta := spec.delta:
-        moved["cache"] += batch * len(delta.layers) * 2 * 4 * delta.value_heads * delta.key_dim * delta.value_dim
+        moved["cache"] += batch * len(delta.layers) * bytes_per_token(delta.heads, batch)
     return moved
