@@ -31,18 +31,19 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_nvfp4.kernels.compiling import CompileCase
 from moe_nvfp4.kernels.delta_conv import CHUNK, delta_conv, silu
+from moe_nvfp4.kernels.delta_state import PERIOD, DeltaState
 from moe_nvfp4.kernels.rows import Rows
 from moe_nvfp4.kernels.sizes import cdiv
 from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases
 
 if TYPE_CHECKING:
-    from moe_nvfp4.kernels.delta_net import DeltaInputs, DeltaState, DeltaWeights
+    from moe_nvfp4.kernels.delta_net import DeltaInputs, DeltaWeights
 
 _COLUMNS: Final = 64  # of S in a program of the scan: 211 us against 249 with 128, 89 against 117 for one prompt
 
 
 def delta_chunks(
-    inputs: "DeltaInputs", weights: "DeltaWeights", state: "DeltaState", rows: Rows, out_TV: Tensor, eps: float
+    inputs: "DeltaInputs", weights: "DeltaWeights", state: DeltaState, rows: Rows, out_TV: Tensor, eps: float
 ) -> None:
     """Writes the rows of all of `rows`' sequences; the twin is delta_net.delta_net_twin.
 
@@ -64,11 +65,11 @@ def delta_chunks(
     columns = min(heads.DV, _COLUMNS)
     scan_chunks[(heads.DV // columns, heads.HV, sequences)](
         mixed_TC, *state, *described, *chunks, solve, attend, grown, fading, scales, mixed_TC.stride(0),
-        **heads._asdict(), K=state.conv.shape[1], L=CHUNK, BV=columns, num_warps=max(1, columns // 16), num_stages=2,
-        **options,
+        **heads._asdict(), K=state.conv.shape[1], N=state.period, L=CHUNK, BV=columns,
+        num_warps=max(1, columns // 16), num_stages=2, **options,
     )  # fmt: skip
     norm_chunks[(heads.HV, chunks_of_longest, sequences)](
-        chunks.v, scales, inputs.z_TV, weights.norm, rows.starts, out_TV, inputs.z_TV.stride(0), eps,
+        chunks.v, scales, inputs.z_TV, weights.norm, state.written, *described, out_TV, inputs.z_TV.stride(0), eps,
         HV=heads.HV, DV=heads.DV, L=CHUNK, ASM=out_TV.is_cuda, num_warps=max(1, heads.DV // 32), **options,
     )  # fmt: skip
 
@@ -132,10 +133,10 @@ def _inverse(lower, L: tl.constexpr):
 
 @triton.jit
 def scan_chunks(
-    mixed_ptr, ring_ptr, state_ptr, slots_ptr, starts_ptr, lengths_ptr, q_ptr, k_ptr, v_ptr, units_ptr,
-    solve_ptr, attend_ptr, grown_ptr, fading_ptr, scales_ptr, stride_mixed,
-    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
-    BV: tl.constexpr, PDL: tl.constexpr,
+    mixed_ptr, ring_ptr, state_ptr, entries_ptr, fades_ptr, written_ptr, slots_ptr, starts_ptr, lengths_ptr,
+    q_ptr, k_ptr, v_ptr, units_ptr, solve_ptr, attend_ptr, grown_ptr, fading_ptr, scales_ptr, stride_mixed,
+    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+    L: tl.constexpr, BV: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BV columns of S. The outputs, in units and without 1 / sqrt(DK), take the places of v."""
     h = tl.program_id(1)
@@ -155,8 +156,17 @@ def scan_chunks(
     i = tl.arange(0, L)
     dk = tl.arange(0, DK)
     dv = tl.program_id(0) * BV + tl.arange(0, BV)
-    state_at = state_ptr + (slot * HV + h) * (DK * DV) + dk[None, :] * DV + dv[:, None]
+    cell = slot * HV + h
+    state_at = state_ptr + cell * (DK * DV) + dk[None, :] * DV + dv[:, None]
     state = tl.load(state_at, mask=(dv[:, None] >= 0) & (before > 0), other=0.0)
+    # What one token after the other left since the state was written; most often nothing.
+    pending = tl.where(before > 0, (before + h) % N, 0)
+    for at in tl.range(tl.maximum(tl.load(written_ptr + cell) - (before - pending), 0), pending):
+        entry = cell * (N - 1) + at
+        k = tl.load(entries_ptr + entry * (DK + DV) + dk)
+        added = tl.load(entries_ptr + entry * (DK + DV) + DK + dv)
+        fade = tl.load(fades_ptr + entry) + tl.zeros_like(state)
+        state = tl.fma(state, fade, added[:, None] * k[None, :])  # to the bit what delta_step.py would have written
     unit = tl.maximum(
         _largest(units_ptr + place * HV + h, tl.cdiv(rows, L), HV), tl.max(tl.max(tl.abs(state), 1), 0) / 16
     )
@@ -211,7 +221,7 @@ def _keep(mixed_ptr, ring_ptr, channel, rows, before, stride, C: tl.constexpr, K
 
 @triton.jit
 def norm_chunks(
-    o_ptr, scales_ptr, z_ptr, norm_ptr, starts_ptr, out_ptr, stride_z, eps,
+    o_ptr, scales_ptr, z_ptr, norm_ptr, written_ptr, slots_ptr, starts_ptr, lengths_ptr, out_ptr, stride_z, eps,
     HV: tl.constexpr, DV: tl.constexpr, L: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(0)
@@ -235,6 +245,9 @@ def norm_chunks(
     o *= tl.load(scales_ptr + sequence * HV + h)
     o *= tl.rsqrt(tl.sum(o * o, 1) / DV + eps)[:, None] * norm[None, :] * silu(z, ASM)
     tl.store(out_ptr + token * (HV * DV) + h * DV + dv[None, :], o.to(out_ptr.dtype.element_ty), mask=live)
+    if first == 0:  # not in the scan, several of whose programs read it
+        slot = tl.load(slots_ptr + sequence).to(tl.int64)
+        tl.store(written_ptr + slot * HV + h, tl.load(lengths_ptr + sequence))
 
 
 @triton.jit
@@ -248,14 +261,15 @@ def compile_cases() -> list[CompileCase]:
     invert = dict.fromkeys(("b_ptr", "a_ptr"), "*bf16") | dict.fromkeys(("decay_ptr", "step_ptr"), "*fp32") | halves
     invert |= {"starts_ptr": "*i32", "stride_b": "i32", "stride_a": "i32"}
     scan = dict.fromkeys(("mixed_ptr", "ring_ptr"), "*bf16") | halves | {"v_ptr": "*fp16", "stride_mixed": "i32"}
-    scan |= dict.fromkeys(("slots_ptr", "starts_ptr", "lengths_ptr"), "*i32")
-    scan |= dict.fromkeys(("state_ptr", "units_ptr", "scales_ptr"), "*fp32")
+    scan |= dict.fromkeys(("written_ptr", "slots_ptr", "starts_ptr", "lengths_ptr"), "*i32")
+    scan |= dict.fromkeys(("state_ptr", "entries_ptr", "fades_ptr", "units_ptr", "scales_ptr"), "*fp32")
     norm = dict.fromkeys(("z_ptr", "norm_ptr", "out_ptr"), "*bf16") | {"o_ptr": "*fp16", "scales_ptr": "*fp32"}
-    norm |= {"starts_ptr": "*i32", "stride_z": "i32", "eps": "fp32"}
+    norm |= dict.fromkeys(("written_ptr", "slots_ptr", "starts_ptr", "lengths_ptr"), "*i32")
+    norm |= {"stride_z": "i32", "eps": "fp32"}
     sizes = {"HK": 16, "HV": 32, "DK": 128, "L": CHUNK}
     cases = pdl_cases("invert_chunks", invert_chunks, invert, {"num_warps": 4}, **sizes)
     cases += pdl_cases(
-        "scan_chunks", scan_chunks, scan, {"num_warps": 4, "num_stages": 2}, **sizes, DV=128, K=4, BV=_COLUMNS
+        "scan_chunks", scan_chunks, scan, {"num_warps": 4, "num_stages": 2}, **sizes, DV=128, K=4, N=PERIOD, BV=_COLUMNS
     )
     cases += pdl_cases("norm_chunks", norm_chunks, norm, {"num_warps": 4}, HV=32, DV=128, L=CHUNK, ASM=True)
     # Without wgmma both operands of a product lie in registers, and a few dozen are missing.

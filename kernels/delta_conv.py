@@ -9,7 +9,7 @@ Letters: L rows of a chunk, N places for chunks: sequence b has those from start
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 import triton
@@ -18,12 +18,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_nvfp4.kernels.compiling import CompileCase
+from moe_nvfp4.kernels.delta_state import DeltaState
 from moe_nvfp4.kernels.rows import Rows
 from moe_nvfp4.kernels.sizes import cdiv
 from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases
-
-if TYPE_CHECKING:
-    from moe_nvfp4.kernels.delta_net import DeltaState
 
 CHUNK: Final = 64
 
@@ -37,7 +35,7 @@ class Chunks(NamedTuple):
     units: Tensor  # float32 [N, HV], of v
 
 
-def delta_conv(mixed_TC: Tensor, conv_CK: Tensor, state: "DeltaState", rows: Rows) -> Chunks:
+def delta_conv(mixed_TC: Tensor, conv_CK: Tensor, state: DeltaState, rows: Rows) -> Chunks:
     """Of all sequences of `rows`. Reads the ring, does not write it."""
     heads, sequences = state.heads, rows.slots.numel()
     places = mixed_TC.shape[0] // CHUNK + sequences

@@ -20,31 +20,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_nvfp4.kernels.delta_chunks import delta_chunks
+from moe_nvfp4.kernels.delta_state import DeltaState
 from moe_nvfp4.kernels.delta_step import delta_step
 from moe_nvfp4.kernels.rows import Rows
 from moe_nvfp4.kernels.sort_pairs import use_twin
 
 _CHUNK = 64
 _NORM_EPSILON = 1e-6  # of the norms of q and k; the checkpoint's own is for the output
-
-
-class Heads(NamedTuple):
-    HK: int
-    HV: int
-    DK: int
-    DV: int
-
-
-class DeltaState(NamedTuple):
-    """Of one layer, a line for each slot. What a slot holds before its sequence's first row is never used."""
-
-    conv: Tensor  # [slots, K, C], the dtype of activations: the input of position p lies at p % K
-    recurrent: Tensor  # float32 [slots, HV, DK, DV]
-
-    @property
-    def heads(self) -> Heads:
-        value_heads, dk, dv = self.recurrent.shape[1:]
-        return Heads((self.conv.shape[-1] - value_heads * dv) // (2 * dk), value_heads, dk, dv)
 
 
 class DeltaWeights(NamedTuple):
@@ -100,7 +82,7 @@ def delta_net_kernels(inputs: DeltaInputs, weights: DeltaWeights, state: DeltaSt
 
 
 def delta_net_twin(inputs: DeltaInputs, weights: DeltaWeights, state: DeltaState, rows: Rows, eps: float) -> Tensor:
-    """In float32, or float64 if mixed is: a sequence after the other, 64 rows at a time."""
+    """In float32, or float64 if mixed is: a sequence after the other, 64 rows at a time. It writes every state."""
     heads, mixed_TC = state.heads, inputs.mixed_TC
     dtype = torch.promote_types(mixed_TC.dtype, torch.float32)
     z_THV = inputs.z_TV.to(dtype).view(-1, heads.HV, heads.DV)
@@ -114,13 +96,14 @@ def delta_net_twin(inputs: DeltaInputs, weights: DeltaWeights, state: DeltaState
             continue
         before = length - (end - begin)
         q, k, v = _convolve(mixed_TC[begin:end], weights.conv.to(dtype), state, slot, before)
-        memory = state.recurrent[slot].to(dtype) if before else torch.zeros_like(state.recurrent[slot], dtype=dtype)
+        memory = state.memory(slot, before).to(dtype)
         for first in range(0, end - begin, _CHUNK):
             here = slice(first, min(first + _CHUNK, end - begin))
             there = slice(begin + here.start, begin + here.stop)
             o_HTV, memory = _chunk(q[:, here], k[:, here], v[:, here], decay_TH[there].T, beta_TH[there].T, memory)
             out_THV[there] = o_HTV.transpose(0, 1)
         state.recurrent[slot] = memory.to(state.recurrent.dtype)
+        state.written[slot] = length
     normed = F.rms_norm(out_THV, (heads.DV,), weights.norm.to(dtype), eps) * F.silu(z_THV)
     return normed.flatten(1).to(mixed_TC.dtype)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moe_nvfp4.kernels.delta_net import DeltaState
+from moe_nvfp4.kernels.delta_state import DeltaState, Heads
 from moe_nvfp4.kernels.paged_kv import PagedKV
 from moe_nvfp4.kernels.rows import upload
 
@@ -46,6 +46,15 @@ class DeltaSpec:
     key_dim: int
     value_dim: int
 
+    @property
+    def heads(self) -> Heads:
+        key_heads = (self.channels - self.value_heads * self.value_dim) // (2 * self.key_dim)
+        return Heads(key_heads, self.value_heads, self.key_dim, self.value_dim)
+
+    def states(self, lines: int, dtype: torch.dtype, device: torch.device | str) -> DeltaState:
+        """Of all layers: each part begins with a dimension for them."""
+        return DeltaState.empty((len(self.layers), lines), self.heads, self.kernel, dtype, device)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheSettings:
@@ -78,8 +87,7 @@ class CacheSpec:
         """Of one line of recurrent states."""
         if (delta := self.delta) is None:
             return 0
-        recurrent = 4 * delta.value_heads * delta.key_dim * delta.value_dim
-        return len(delta.layers) * (recurrent + delta.kernel * delta.channels * settings.dtype.itemsize)
+        return sum(part.nbytes for part in delta.states(1, settings.dtype, "meta"))
 
 
 class SequenceCache:
@@ -104,13 +112,11 @@ class SequenceCache:
         for group, attention in enumerate(spec.attention):
             shared = None if shared_pages is None else shared_pages[group]
             self._add_pages(attention, settings, shared)
+        self._all_states: DeltaState | None = None
         if (delta := spec.delta) is not None:
-            lines = self.slots + 1 + snapshots
-            for layer in delta.layers:
-                self.states[layer] = DeltaState(
-                    torch.empty(lines, delta.kernel, delta.channels, dtype=settings.dtype, device=device),
-                    torch.empty(lines, delta.value_heads, delta.key_dim, delta.value_dim, device=device),
-                )
+            self._all_states = delta.states(self.slots + 1 + snapshots, settings.dtype, device)
+            for index, layer in enumerate(delta.layers):
+                self.states[layer] = DeltaState(*(part[index] for part in self._all_states))
 
     def _add_pages(self, spec: AttentionSpec, settings: CacheSettings, shared: int | None) -> None:
         logical = -(-settings.max_seq_len // PAGE)
@@ -139,11 +145,10 @@ class SequenceCache:
 
     def copy_states(self, source: int, target: int) -> None:
         """All states of one line to another."""
-        for state in self.states.values():
-            for part in state:
-                part[target].copy_(part[source])
+        for part in self._all_states or ():
+            part[:, target].copy_(part[:, source])
 
     @property
     def nbytes(self) -> int:
         pages = sum(kv.keys.nbytes + kv.values.nbytes for kv in self.kv.values())
-        return pages + sum(state.conv.nbytes + state.recurrent.nbytes for state in self.states.values())
+        return pages + sum(part.nbytes for part in self._all_states or ())

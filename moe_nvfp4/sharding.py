@@ -36,7 +36,7 @@ def kv_heads_of_rank(heads: int, ranks: int, what: str = "key-value heads") -> i
 
 
 def delta_of_rank(delta: DeltaSpec, ranks: int) -> DeltaSpec:
-    keys = kv_heads_of_rank(_key_heads(delta), ranks, "key heads of delta nets")
+    keys = kv_heads_of_rank(delta.heads.HK, ranks, "key heads of delta nets")
     values = heads_of_rank(delta.value_heads, ranks, "value heads of delta nets")
     channels = 2 * keys * delta.key_dim + values * delta.value_dim
     return replace(delta, channels=channels, value_heads=values)
@@ -124,7 +124,7 @@ def _attention_cut(part: str, shape: tuple[int, ...], kv_heads: int, ranks: int,
 
 def _delta_cut(part: str, shape: tuple[int, ...], delta: DeltaSpec, ranks: int, rank: int) -> Cut | None:
     if part in ("in_proj_qkv", "conv1d"):
-        key_heads, values = _key_heads(delta), delta.value_heads * delta.value_dim
+        key_heads, values = delta.heads.HK, delta.value_heads * delta.value_dim
         keys = key_heads * delta.key_dim
         begin, end = _range(keys, key_heads, ranks, rank)
         first, last = _range(values, delta.value_heads, ranks, rank)
@@ -141,7 +141,3 @@ def _range(count: int, heads: int, ranks: int, rank: int) -> tuple[int, int]:
     parts = min(heads, ranks)
     part = rank * parts // ranks
     return count * part // parts, count * (part + 1) // parts
-
-
-def _key_heads(delta: DeltaSpec) -> int:
-    return (delta.channels - delta.value_heads * delta.value_dim) // (2 * delta.key_dim)

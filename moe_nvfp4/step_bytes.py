@@ -11,6 +11,7 @@ import torch
 from moe_nvfp4.cache import CacheSettings, CacheSpec
 from moe_nvfp4.dense_weights import dense_bytes
 from moe_nvfp4.expert_buffers import expert_bytes
+from moe_nvfp4.kernels.delta_state import bytes_per_token
 from moe_nvfp4.models import ModelConfig
 from moe_nvfp4.survey import Survey
 
@@ -64,6 +65,5 @@ class StepBytes:
             token = 2 * attention.kv_heads * attention.head_dim * self.settings.kv_dtype.itemsize
             moved += len(attention.layers) * kept * token
         if delta := self.spec.delta:
-            state = 4 * delta.value_heads * delta.key_dim * delta.value_dim
-            moved += len(lengths) * len(delta.layers) * 2 * state
+            moved += len(lengths) * len(delta.layers) * bytes_per_token(delta.heads, len(lengths))
         return moved

@@ -78,8 +78,8 @@ def test_shared_pages_belong_to_whom_the_tables_say() -> None:
 def test_states_are_copied_whole() -> None:
     cache = SequenceCache(SPEC, settings(), torch.device("cpu"), shared_pages=[7, 5], snapshots=2)
     for state in cache.states.values():
-        state.conv.normal_()
-        state.recurrent.normal_()
+        for part in state:
+            part.copy_(torch.randint(1000, part.shape))
     cache.copy_states(1, cache.first_snapshot + 1)
     for state in cache.states.values():
         for part in state:

@@ -5,6 +5,7 @@ from pathlib import Path
 import model_checks as checks
 import pytest
 import torch
+from conftest import poison
 from model_checks import Edit, Tensors, nothing, tiny_model, unlike_gate_and_up, without_optional_scales
 from reference import dequantised
 
@@ -94,12 +95,12 @@ def test_a_slot_is_clean_for_its_next_sequence(plain: Path) -> None:
         ids = checks.token_ids(runner, 12)
         expected = runner.logits(ids)
         for state in runner.cache.states.values():
-            state.conv.fill_(torch.nan)
-            state.recurrent.fill_(torch.nan)
+            for part in state:
+                poison(part)
         assert torch.equal(runner.logits(ids), expected)
         runner.prefill_chunk = 1
         for state in runner.cache.states.values():
-            state.recurrent.fill_(torch.nan)
+            poison(state.recurrent)
         assert runner.logits(ids).isfinite().all()
 
 

@@ -11,7 +11,8 @@ import torch
 
 from moe_nvfp4.batch import Batch
 from moe_nvfp4.cache import AttentionSpec, CacheSpec, DeltaSpec, SequenceCache
-from moe_nvfp4.kernels.delta_net import DeltaState, DeltaWeights, delta_net
+from moe_nvfp4.kernels.delta_net import DeltaWeights, delta_net
+from moe_nvfp4.kernels.delta_state import DeltaState
 from moe_nvfp4.kernels.gated import add_gated_share
 from moe_nvfp4.kernels.heads import norm_rope_store
 from moe_nvfp4.kernels.linear import Projection, Summed, embedding, linear, stack

@@ -1,12 +1,15 @@
 """Inputs of gated delta layers, and what they should give, by the definition in float64, a row after the other."""
 
+import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from moe_nvfp4.kernels.delta_net import DeltaInputs, DeltaState, DeltaWeights, Heads, delta_net, delta_net_kernels
+from moe_nvfp4.kernels.delta_net import DeltaInputs, DeltaWeights, delta_net, delta_net_kernels
+from moe_nvfp4.kernels.delta_state import DeltaState, Heads
 from moe_nvfp4.kernels.nvfp4 import relative_error
 from moe_nvfp4.kernels.rows import Rows
 
@@ -28,10 +31,11 @@ class Layer(NamedTuple):
 def layer(
     heads: Heads, pieces: Sequence[tuple[int, int, int]], dtype: torch.dtype, device: str = "cpu", scale: float = 1.0
 ) -> Layer:
-    """The inputs are columns of one wide tensor. Slots hold NaN where nothing may be read. `scale` is that of v."""
+    """The inputs are columns of one wide tensor. Slots hold NaN where nothing may be read. `scale` is that of v. Heads
+    were written at any time since their last turn."""
     count = sum(rows for _, _, rows in pieces)
     keys, values = heads.HK * heads.DK, heads.HV * heads.DV
-    channels = 2 * keys + values
+    channels = heads.channels
     wide = torch.randn(count, channels + values + 2 * heads.HV)
     wide[:, 2 * keys : channels] *= scale
     parts = wide.to(dtype).to(device).split((channels, values, heads.HV, heads.HV), dim=1)
@@ -42,15 +46,24 @@ def layer(
         norm=(1 + torch.randn(heads.DV) / 4).to(dtype),
     )
     slots = 1 + max(slot for slot, _, _ in pieces)
-    conv = torch.full((slots, TAPS, channels), torch.nan)
-    recurrent = torch.full((slots, heads.HV, heads.DK, heads.DV), torch.nan)
+    state = DeltaState.empty((slots,), heads, TAPS, dtype)
+    for part in state:
+        part.fill_(torch.nan if part.is_floating_point() else 0x7F7F7F7F)
     for slot, before, _ in pieces:
         if before:
-            recurrent[slot] = torch.randn(recurrent.shape[1:]) / 3 * scale
+            state.recurrent[slot] = torch.randn(state.recurrent.shape[1:]) / 3 * scale
             cells = torch.arange(max(0, before - TAPS), before) % TAPS
-            conv[slot, cells] = torch.randn(len(cells), channels)
-            conv[slot, cells, 2 * keys :] *= scale
-    state = DeltaState(conv.to(dtype).to(device), recurrent.to(device))
+            conv = torch.randn(len(cells), channels)
+            conv[:, 2 * keys :] *= scale
+            state.conv[slot, cells] = conv.to(dtype)
+            for head in range(heads.HV):
+                since = (before + head) % state.period
+                first = random.randint(max(0, since - before + 1), since)
+                state.written[slot, head] = before - since + first
+                k, added = torch.randn(since - first, heads.DK), torch.randn(since - first, heads.DV) / 3 * scale
+                state.entries[slot, head, first:since] = torch.cat((F.normalize(k), added), dim=1)
+                state.fades[slot, head, first:since] = torch.rand(since - first)
+    state = DeltaState(*(part.to(device) for part in state))
     return Layer(DeltaInputs(*parts), DeltaWeights(*(x.to(device) for x in weights)), state)
 
 
@@ -65,9 +78,7 @@ def reference(case: Layer, pieces: Sequence[tuple[int, int, int]], eps: float = 
     state = DeltaState(*(x.to("cpu", torch.float64, copy=True) for x in case.state))
     out, row = torch.empty(len(mixed), heads.HV, heads.DV, dtype=torch.float64), 0
     for slot, before, count in pieces:
-        ring, memory = state.conv[slot], state.recurrent[slot]
-        if before == 0:
-            memory[:] = 0
+        ring, memory = state.conv[slot], state.memory(slot, before)
         for position in range(before, before + count):
             ring[position % TAPS] = mixed[row]
             y = sum(ring[(position - j) % TAPS] * conv[:, TAPS - 1 - j] for j in range(min(TAPS, position + 1)))
@@ -83,7 +94,13 @@ def reference(case: Layer, pieces: Sequence[tuple[int, int, int]], eps: float = 
                 gate = z[row].view(heads.HV, heads.DV)[h]
                 out[row, h] = o / (o.square().mean() + eps).sqrt() * norm * gate * gate.sigmoid()
             row += 1
+        state.recurrent[slot], state.written[slot] = memory, before + count
     return out.flatten(1), state
+
+
+def memories(state: DeltaState, pieces: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Of each sequence, after its rows."""
+    return torch.stack([state.memory(slot, before + count) for slot, before, count in pieces])
 
 
 def check(
@@ -105,7 +122,8 @@ def check(
     assert actual.dtype == dtype
     assert relative_error(actual.cpu(), expected) < tolerance
     slots = [slot for slot, _, _ in pieces]
-    assert relative_error(case.state.recurrent[slots].cpu(), after.recurrent[slots]) < min(tolerance, 1.5e-3)
+    assert relative_error(memories(case.state, pieces).cpu(), after.recurrent[slots]) < min(tolerance, 1.5e-3)
     others = [slot for slot in range(len(after.recurrent)) if slot not in slots]
-    assert case.state.recurrent[others].isnan().all()
+    assert all(part[others].isnan().all() for part in (case.state.recurrent, case.state.entries, case.state.fades))
+    assert torch.equal(case.state.written[others].cpu(), after.written[others].int())
     assert torch.equal(case.state.conv.cpu().double().nan_to_num(99.0), after.conv.nan_to_num(99.0))

@@ -223,9 +223,9 @@ def test_delta_nets(heads: Any) -> None:
         state, inputs = delta_cases.copy(case.state), DeltaInputs(*(part[here] for part in case.inputs))
         out = delta_net(*inputs, case.weights, state, Rows.of(some, "cuda"), delta_cases.EPS)
         # What each row's sequence is left with, beside its output.
-        slots = torch.tensor([slot for slot, _, count in some for _ in range(count)], device="cuda")
-        sums = state.recurrent[:, :, ::7].flatten(1)[slots]
-        return [out, sums, state.conv.flatten(1)[slots]]
+        kept = {slot: state.memory(slot, before + count)[:, ::7].flatten() for slot, before, count in some}
+        slots = [slot for slot, _, count in some for _ in range(count)]
+        return [out, torch.stack([kept[slot] for slot in slots]), state.conv.flatten(1)[slots]]
 
     check_pieces(pieces, run, f"delta net {heads}")
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from delta_cases import EPS, PREFILLS, QWEN, SMALL, STEPS, check, layer
 
-from moe_nvfp4.kernels.delta_net import DeltaInputs, DeltaState, Heads, delta_net_kernels, delta_net_twin
+from moe_nvfp4.kernels.delta_net import DeltaInputs, delta_net_kernels, delta_net_twin
+from moe_nvfp4.kernels.delta_state import Heads
 from moe_nvfp4.kernels.nvfp4 import TOLERANCE, relative_error
 from moe_nvfp4.kernels.rows import Rows
 
@@ -59,7 +60,7 @@ def test_long_prompts() -> None:
     cases = [layer(QWEN, pieces, torch.float32, "cuda") for pieces in steps]
     state = cases[0].state
     weights = cases[0].weights
-    exact = DeltaState(state.conv.double(), state.recurrent.double())
+    exact = state._replace(conv=state.conv.double(), recurrent=state.recurrent.double(), written=state.written.clone())
     for pieces, case in zip(steps, cases, strict=True):
         inputs, rows = DeltaInputs(*(x.double() for x in case.inputs)), Rows.of(pieces, "cuda")
         expected = delta_net_twin(inputs, weights, exact, rows, EPS)

@@ -10,7 +10,7 @@ from delta_cases import PREFILLS, SMALL, TAPS, Layer, layer
 from torch.nn import functional as F
 
 from moe_nvfp4.kernels.delta_conv import CHUNK, delta_conv
-from moe_nvfp4.kernels.delta_net import Heads
+from moe_nvfp4.kernels.delta_state import Heads
 from moe_nvfp4.kernels.nvfp4 import relative_error
 from moe_nvfp4.kernels.rows import Rows
 

@@ -6,7 +6,8 @@ from delta_cases import DECODES, EPS, SMALL, STEPS, TAPS, check, copy, layer, re
 from transformers import Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGatedDeltaNet
 
-from moe_nvfp4.kernels.delta_net import DeltaInputs, DeltaState, DeltaWeights, Heads, delta_net
+from moe_nvfp4.kernels.delta_net import DeltaInputs, DeltaWeights, delta_net
+from moe_nvfp4.kernels.delta_state import DeltaState, Heads
 from moe_nvfp4.kernels.nvfp4 import TOLERANCE, relative_error
 from moe_nvfp4.kernels.rows import Rows
 
@@ -19,7 +20,7 @@ def test_twin(step: str, dtype: torch.dtype) -> None:
 
 def test_twin_in_float64() -> None:
     case = layer(SMALL, STEPS["mixed"], torch.float64)
-    case = case._replace(state=DeltaState(case.state.conv, case.state.recurrent.double()))
+    case = case._replace(state=case.state._replace(recurrent=case.state.recurrent.double()))
     expected, _ = reference(case, STEPS["mixed"])
     actual = delta_net(*case.inputs, case.weights, case.state, Rows.of(STEPS["mixed"]), EPS)
     assert actual.dtype == torch.float64
@@ -49,7 +50,8 @@ def test_sequences_do_not_touch_each_other() -> None:
         part = DeltaInputs(*(x[row : row + 1] for x in case.inputs))
         alone = delta_net(*part, case.weights, state, Rows.of([piece]), EPS)
         assert torch.equal(alone[0], together[row])
-    assert torch.equal(state.recurrent.nan_to_num(99.0), case.state.recurrent.nan_to_num(99.0))
+    for one, other in zip(state, case.state, strict=True):
+        assert torch.equal(one.nan_to_num(99.0), other.nan_to_num(99.0))
 
 
 def test_like_transformers() -> None:
@@ -71,8 +73,7 @@ def test_like_transformers() -> None:
         expected = module(x[None])[0]
         projections = (module.in_proj_qkv, module.in_proj_z, module.in_proj_b, module.in_proj_a)
         inputs = DeltaInputs(*(projection(x) for projection in projections))
-        channels = inputs.mixed_TC.shape[1]
-        state = DeltaState(torch.empty(1, TAPS, channels), torch.empty(1, heads.HV, heads.DK, heads.DV))
+        state = DeltaState.empty((1,), heads, TAPS, torch.float32)
         outputs = []
         for begin, end in ((0, 90), (90, 99), (99, 100)):
             part = DeltaInputs(*(y[begin:end] for y in inputs))
