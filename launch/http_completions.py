@@ -39,7 +39,7 @@ async def complete(server: Server, request: Request, body: CompletionRequest) ->
         return ids
 
     prompts = await model.encode(params, encode)
-    reply = CompletionReply(model, prompts, params.n)
+    reply = CompletionReply(model, prompts, params.n, token_ids=bool(body.return_token_ids))
     if body.echo:
         reply.echo = [text if isinstance(text, str) else _text(model, text) for text in texts]
     return await answer(server, request, body, Job(model, prompts, params, reply))
@@ -74,19 +74,20 @@ def _text(model: ServedModel, ids: Sequence[int]) -> str:
 class CompletionReply(ChoicesReply):
     prefix, whole_name, chunk_name = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, model: ServedModel, prompts: Sequence[Sequence[int]], n: int):
+    def __init__(self, model: ServedModel, prompts: Sequence[Sequence[int]], n: int, *, token_ids: bool):
         super().__init__(model.name, prompts)
         self._tokenizer, self._n = model.tokenizer, n
         self.echo = [""] * len(prompts)
         count = n * len(prompts)
         self._texts = [""] * count
+        self._token_ids: list[list[int]] | None = [[] for _ in range(count)] if token_ids else None
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in range(count)]
         self._offsets = [0] * count
         self._finish: list[str | None] = [None] * count
 
     def opening(self) -> list[dict[str, Any]]:
         echoes = [text for text in self.echo for _ in range(self._n)]
-        return [_choice(index, text, None, None) for index, text in enumerate(echoes) if text]
+        return [self._choice(index, text, None, None, []) for index, text in enumerate(echoes) if text]
 
     def push(self, increment: Increment) -> list[dict[str, Any]]:
         self.count(increment)
@@ -94,17 +95,28 @@ class CompletionReply(ChoicesReply):
         self._texts[index] += increment.text
         self._finish[index] = increment.finish_reason
         self._logprobs[index] += increment.logprobs
-        if not increment.text and not increment.logprobs and not increment.finish_reason:
+        if self._token_ids is not None:
+            self._token_ids[index] += increment.token_ids
+        elif not increment.text and not increment.logprobs and not increment.finish_reason:
             return []  # an unfinished character
         logprobs = self._shown(index, increment.logprobs)
-        return [_choice(index, increment.text, increment.finish_reason, logprobs)]
+        return [self._choice(index, increment.text, increment.finish_reason, logprobs, increment.token_ids)]
 
     def choices(self) -> list[dict[str, Any]]:
         self._offsets = [0] * len(self._offsets)
+        ids = self._token_ids or [[]] * len(self._texts)
         return [
-            _choice(index, self.echo[index // self._n] + text, finish, self._shown(index, self._logprobs[index]))
-            for index, (text, finish) in enumerate(zip(self._texts, self._finish, strict=True))
+            self._choice(index, self.echo[index // self._n] + text, finish, self._shown(index, logprobs), ids[index])
+            for index, (text, finish, logprobs) in enumerate(
+                zip(self._texts, self._finish, self._logprobs, strict=True)
+            )
         ]
+
+    def _choice(
+        self, index: int, text: str, finish: str | None, logprobs: dict[str, Any] | None, token_ids: Sequence[int]
+    ) -> dict[str, Any]:
+        choice = {"index": index, "text": text, "finish_reason": finish, "logprobs": logprobs}
+        return choice if self._token_ids is None else choice | {"token_ids": list(token_ids)}
 
     def _shown(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not logprobs:
@@ -127,7 +139,3 @@ def completion_logprobs(
             shown[name].append(value)
         offset += len(token)
     return shown, offset
-
-
-def _choice(index: int, text: str, finish: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "finish_reason": finish, "logprobs": logprobs}

@@ -107,6 +107,7 @@ class CompletionRequest(SamplingRequest):
     echo: StrictBool | None = None
     best_of: Count | None = None
     logprobs: Annotated[StrictInt | None, Field(ge=0, le=20)] = None
+    return_token_ids: Annotated[StrictBool | None, Field(description="choices have the ids of their tokens too")] = None
 
 
 class CalledFunction(Model):

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 
 BEAT = 0.01  # seconds between two looks at the clock
+SAID = "content", "text", "reasoning_content", "reasoning", "tool_calls", "token_ids"  # what a piece of an answer has
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ def _take(event: dict[str, Any], outcome: Outcome) -> None:
         outcome.tokens_in, outcome.tokens_out = usage["prompt_tokens"], usage["completion_tokens"]
     for choice in event.get("choices", ()):
         delta = choice.get("delta") or choice
-        if any(delta.get(key) for key in ("content", "text", "reasoning_content", "reasoning", "tool_calls")):
+        if any(delta.get(key) for key in SAID):
             outcome.arrivals.append(time.monotonic() - outcome.due)
         outcome.finished = outcome.finished or choice.get("finish_reason") is not None
 

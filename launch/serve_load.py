@@ -78,10 +78,10 @@ class Load:
         body["stream_options"] = {"include_usage": True}
         if self.ignore_eos:
             body["ignore_eos"] = True
+        if self.vocab:  # the model may have no tokenizer, and its answers no text
+            return body | {"prompt": draw.choices(range(self.vocab), k=prompt), "return_token_ids": True}
         text = " ".join(draw.choices(WORDS.split(), k=prompt))
-        if chat:
-            return body | {"messages": [{"role": "user", "content": text}]}
-        return body | {"prompt": draw.choices(range(self.vocab), k=prompt) if self.vocab else text}
+        return body | ({"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text})
 
 
 def _lognormal(draw: random.Random, mu: float, sigma: float, least: int) -> int:

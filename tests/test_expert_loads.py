@@ -43,17 +43,6 @@ def test_rows_are_those_of_the_routers(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
 
 
-@pytest.mark.gpu
-def test_rows_of_steps_that_capture_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_loads, "READ_EVERY", 0.0)
-    with demo_runner(device="cuda", count_experts=True, prefix_reuse=False, warm_up=False) as runner:
-        assert runner.expert_loads is not None
-        for count in (1, 2):  # the second finds its graphs
-            runner.generate(PROMPTS[-1], SamplingParams(max_new_tokens=3, ignore_eos=True))
-            computed = count * (len(PROMPTS[-1]) + 2) * runner.config.experts_per_token
-            assert {sum(rows) for rows in runner.expert_loads.rows().values()} == {computed}
-
-
 def test_one_account(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who takes what is new changes nothing for those who look; a group that is loaded again begins at zero."""
     now: Rows = {0: [4, 0, 4], 1: [1, 3, 4]}

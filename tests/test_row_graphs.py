@@ -1,8 +1,12 @@
 """Which numbers of rows get graphs; that graphs give what the model gives is in test_models.py."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from model_checks import runner_of, tiny_model
 
+from moe_nvfp4 import SamplingParams, expert_loads
 from moe_nvfp4.row_graphs import RowGraphsBySize, row_buckets
 
 
@@ -44,3 +48,16 @@ def test_steps_of_ranks_say_which_rows_count() -> None:
     graphs = RowGraphsBySize(64, torch.device("cpu"), graphs=False, lines=2).of(5)
     assert graphs is not None and graphs.step is not None
     assert graphs.step.padded == 32 and graphs.step.live_G.tolist() == [0, 0]
+
+
+@pytest.mark.gpu
+def test_rows_of_steps_that_capture_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_loads, "READ_EVERY", 0.0)
+    folder = tiny_model("nvidia/Qwen3-30B-A3B-NVFP4", tmp_path / "model")
+    settings = {"device": "cuda", "dtype": "bfloat16", "count_experts": True, "prefix_reuse": False}
+    with runner_of(folder, **settings) as runner:
+        assert runner.expert_loads is not None
+        for count in (1, 2):  # the second finds its graphs
+            runner.generate(list(range(40)), SamplingParams(max_new_tokens=3, ignore_eos=True))
+            computed = count * (40 + 2) * runner.config.experts_per_token
+            assert {sum(rows) for rows in runner.expert_loads.rows().values()} == {computed}

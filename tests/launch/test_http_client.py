@@ -85,6 +85,23 @@ def test_completion_stream(client: openai.OpenAI) -> None:
     assert logprobs == [choice.logprobs and choice.logprobs.token_logprobs for choice in whole.choices]
 
 
+def test_completion_token_ids(served: Serving, client: openai.OpenAI) -> None:
+    asked: Any = {"model": "demo", "prompt": [[5, 6], [7, 8]], "max_tokens": 8, "n": 2, "seed": 3}
+    asked["extra_body"] = {"return_token_ids": True, "ignore_eos": True}
+    params = {"max_new_tokens": 8, "n": 2, "seed": 3, "temperature": 1.0}
+    expected = [
+        list(one.token_ids) for found in offline(served, asked["prompt"], **params) for one in found.completions
+    ]
+    found = client.completions.create(**asked).choices
+    assert [choice.model_extra for choice in found] == [{"token_ids": ids} for ids in expected]
+    streamed: list[list[int]] = [[] for _ in expected]
+    for chunk in client.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            assert choice.model_extra is not None
+            streamed[choice.index] += choice.model_extra["token_ids"]
+    assert streamed == expected
+
+
 def test_chat(served: Serving, client: openai.OpenAI) -> None:
     found = client.chat.completions.create(
         model="demo", messages=HELLO, max_completion_tokens=10, logprobs=True, top_logprobs=2, **GREEDY
