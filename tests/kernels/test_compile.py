@@ -61,7 +61,7 @@ def worker(module: str, index: int, architecture: int, ones: bool, scratch: Path
 def pool() -> Iterator[ProcessPoolExecutor]:
     # Not forked: pytest's process has threads of torch. Nice: tests that run beside it have limits on time.
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn, initializer=os.nice, initargs=(10,)) as executor:
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn, initializer=os.nice, initargs=(5,)) as executor:
         yield executor
 
 
