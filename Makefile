@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Of pytest. On two cores more of them than cores, since some tests mostly wait; see tests/spreading.py.
+WORKERS ?= 3
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 
 .PHONY: help demo test test-gpu lint format clean
@@ -17,7 +19,7 @@ demo: $(VENV)/.installed
 	$(BIN)/moe-nvfp4 generate --model moe_nvfp4/demo --prompt "Once upon a time" --max-new-tokens 48 --device cpu
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.installed-dev
 	@$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" \

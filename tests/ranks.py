@@ -34,11 +34,20 @@ from moe_nvfp4.settings import RunnerSettings
 SECONDS = 120  # for one task; a rank that waits for another for ever is an error
 
 
+def fork_server() -> Any:
+    """As `spawn`, but what takes seconds of each process to import is imported once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch", "moe_nvfp4.engine.launch", "moe_nvfp4.preparation", "moe_nvfp4.models.moe"]
+    )
+    return context
+
+
 class RankPool:
     """`run(function, ...)` calls a function of a module in every process, and gives all results."""
 
     def __init__(self, size: int, folder: Path):
-        context = multiprocessing.get_context("spawn")
+        context = fork_server()
         before, os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS"), "1"
         self.size, self._ends, self._processes = size, [], []
         for rank in range(size):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_checks import tiny_model
+from ranks import fork_server
 
 from moe_nvfp4.errors import EngineError
 from moe_nvfp4.launch import bench_ep, cli
@@ -37,6 +38,13 @@ def _one_thread_and_no_orphans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     assert active_children() == []
 
 
+@pytest.fixture
+def imported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is not about how processes start, which takes seconds of each."""
+    context = fork_server()
+    monkeypatch.setattr(bench_ep.multiprocessing, "get_context", lambda method: context)
+
+
 def settings_of(folder: Path) -> Settings:
     return Settings(
         model=str(folder),
@@ -52,6 +60,7 @@ def settings_of(folder: Path) -> Settings:
     )
 
 
+@pytest.mark.usefixtures("imported_once")
 def test_figures(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "ep.json"
     options = ["--device", "cpu", "--batch", "1,3", "--context", "9", "--check", "--explain", "--json", str(out)]
@@ -78,6 +87,7 @@ def test_figures(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "all_gather 1x64 float32" in printed and "2 ranks: ms a step, tok/s" in printed
 
 
+@pytest.mark.usefixtures("imported_once")
 def test_no_speed_for_other_tokens(folder: Path) -> None:
     settings, lines = settings_of(folder), []
     expected = bench_ep.run_ranks(settings, 1, "replicated", None, lines.append)["checked"]
@@ -89,6 +99,7 @@ def test_no_speed_for_other_tokens(folder: Path) -> None:
     assert any("nothing is timed" in line for line in lines) and not any("tok/s" in line for line in lines)
 
 
+@pytest.mark.usefixtures("imported_once")
 def test_a_mode_that_cannot_be_is_refused(folder: Path) -> None:
     with pytest.raises(bench_ep.Refused, match="4 attention heads cannot be shared out evenly over 3 ranks"):
         bench_ep.run_ranks(settings_of(folder), 3, "tensor", None, print)

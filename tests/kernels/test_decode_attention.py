@@ -1,11 +1,8 @@
 """Attention of one row a sequence: splits, their sum, and what a captured graph asks for."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreted import INTERPRETED, run_interpreted
 from paged_cases import LARGE, SMALL, Shape, check, pages, rows_of
 
 from moe_nvfp4.kernels import decode_attention
@@ -15,7 +12,6 @@ from moe_nvfp4.kernels.paged_attention import paged_attention, paged_attention_t
 from moe_nvfp4.kernels.paged_kv import PagedKV
 from moe_nvfp4.kernels.rows import Rows
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BATCHES = {
     "one": [(0, 1)],
     "long": [(700, 1)],
@@ -33,8 +29,7 @@ def test_splits() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs here already")
 def test_kernels_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
-    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    run_interpreted(__file__)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")

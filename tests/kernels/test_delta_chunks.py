@@ -1,19 +1,15 @@
 """Several rows of each sequence: the chunked launches against the definition in float64, long ones against the twin."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from delta_cases import EPS, PREFILLS, QWEN, SMALL, STEPS, check, layer
+from interpreted import INTERPRETED, run_interpreted
 
 from moe_nvfp4.kernels.delta_net import DeltaInputs, delta_net_kernels, delta_net_twin
 from moe_nvfp4.kernels.delta_state import Heads
 from moe_nvfp4.kernels.nvfp4 import TOLERANCE, relative_error
 from moe_nvfp4.kernels.rows import Rows
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.bfloat16]
 # float16 operands; what rounding the output to bfloat16 adds is in the other.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: TOLERANCE["bfloat16"]}
@@ -21,14 +17,18 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: TOLERANCE["bfloat16"]}
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs here already")
 def test_kernels_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
-    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    run_interpreted(__file__)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", [SMALL, Heads(1, 1, 16, 32)])
-@pytest.mark.parametrize("step", ["prefill", "mixed", "decode"])
+@pytest.mark.parametrize(
+    ("step", "heads", "dtype"),
+    [
+        *((step, SMALL, dtype) for step in ("mixed", "decode") for dtype in DTYPES),
+        ("prefill", SMALL, torch.float32),
+        ("mixed", Heads(1, 1, 16, 32), torch.bfloat16),
+    ],
+)
 def test_interpreted(step: str, heads: Heads, dtype: torch.dtype) -> None:
     check(heads, STEPS[step], dtype, TOLERANCES[dtype])
 

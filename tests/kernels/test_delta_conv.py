@@ -1,20 +1,15 @@
 """The convolution of prompts: float16 heads against a convolution in float64."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from delta_cases import PREFILLS, SMALL, TAPS, Layer, layer
+from interpreted import INTERPRETED, run_interpreted
 from torch.nn import functional as F
 
 from moe_nvfp4.kernels.delta_conv import CHUNK, delta_conv
 from moe_nvfp4.kernels.delta_state import Heads
 from moe_nvfp4.kernels.nvfp4 import relative_error
 from moe_nvfp4.kernels.rows import Rows
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def reference(case: Layer, row: int, piece: tuple[int, int, int]) -> torch.Tensor:
@@ -49,8 +44,7 @@ def check(heads: Heads, dtype: torch.dtype, device: str, scale: float = 1.0) -> 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs here already")
 def test_kernel_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
-    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    run_interpreted(__file__)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")

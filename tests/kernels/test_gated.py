@@ -1,17 +1,13 @@
 """Gated activations and gated shares against float64, and the kernels against that too."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreted import INTERPRETED, run_interpreted
 from torch.nn import functional as F
 
 from moe_nvfp4.kernels.gated import _MANY_ROWS, add_gated_share, gated
 from moe_nvfp4.kernels.nvfp4 import TOLERANCE, relative_error
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KINDS = ["silu", "gelu_tanh"]
 SMALL = [(1, 48), (1, 512), (3, 2112), (5, 7), (_MANY_ROWS, 24), (_MANY_ROWS + 3, 270)]  # rows, width
 LARGE = [(1, 2048), (17, 2112), (257, 512), (4099, 2816)]
@@ -56,8 +52,7 @@ def test_infinite_gates() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs here already")
 def test_kernels_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
-    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    run_interpreted(__file__)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")

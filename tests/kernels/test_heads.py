@@ -1,9 +1,6 @@
 """Heads: the twin against transformers and float64, the kernel against float64, and stored bits against the format."""
 
 import importlib
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +8,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from interpreted import INTERPRETED, run_interpreted
 
 from moe_nvfp4.kernels.heads import _PROGRAMS, cos_sin, encode_e4m3_tl, norm_rope_store
 from moe_nvfp4.kernels.nvfp4 import TOLERANCE, decode_e4m3, encode_e4m3, relative_error
 from moe_nvfp4.kernels.paged_kv import PagedKV, gather_twin
 from moe_nvfp4.kernels.rows import Rows
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LONGEST = 262144
 MODELS = ("qwen3_moe", "qwen3_5_moe", "gemma4 sliding", "gemma4 global")
 
@@ -227,8 +224,7 @@ def check_turns(device: str) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs here already")
 def test_kernels_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
-    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    run_interpreted(__file__)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")

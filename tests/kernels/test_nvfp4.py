@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -87,8 +88,9 @@ CASES = tuple(adversarial())
 # --- E4M3 and E2M1 ---
 
 
-def test_e4m3_decodes_every_bit_pattern() -> None:
-    decoded = nvfp4.decode_e4m3(ALL_BYTES)
+@pytest.mark.parametrize("decode", [nvfp4.decode_e4m3, nvfp4._decode_e4m3_bits])
+def test_e4m3_decodes_every_bit_pattern(decode: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    decoded = decode(ALL_BYTES)
     expected = ALL_BYTES.view(torch.float8_e4m3fn).float()
     number = ~expected.isnan()
     assert ALL_BYTES[~number].tolist() == [0x7F, 0xFF]
@@ -116,6 +118,8 @@ def test_e2m1_decodes_every_code() -> None:
     expected = torch.tensor(E2M1 + [-v for v in E2M1])
     assert same_bits(nvfp4.decode_e2m1(ALL_CODES), expected)
     assert nvfp4.encode_e2m1(expected).tolist() == [*range(8), 0, *range(9, 16)]  # -0.0 loses its sign
+    packed = ALL_BYTES.view(8, 32)
+    assert same_bits(nvfp4._decode_packed(packed), nvfp4.decode_e2m1(nvfp4.unpack(packed)))
 
 
 def test_e2m1_rounds_to_nearest_even_and_saturates() -> None:

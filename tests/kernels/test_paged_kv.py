@@ -1,19 +1,14 @@
 """Pages: what is stored comes back, through tables of any order, and kernels read E4M3 bits exactly."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import triton
 import triton.language as tl
+from interpreted import INTERPRETED, run_interpreted
 
 from moe_nvfp4.kernels.nvfp4 import decode_e4m3, encode_e4m3
 from moe_nvfp4.kernels.paged_kv import PagedKV, gather_twin, operand, store_twin
 from moe_nvfp4.kernels.rows import Rows
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -63,8 +58,7 @@ def check_every_value(device: str, kind: tl.dtype) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs here already")
 def test_kernels_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
-    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    run_interpreted(__file__)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")

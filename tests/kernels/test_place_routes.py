@@ -1,16 +1,12 @@
 """Placing routes: exact against the twin, the twin against a plain loop over rows and choices."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreted import INTERPRETED, run_interpreted
 
 from moe_nvfp4.kernels.place_routes import place_routes, place_routes_twin
 from moe_nvfp4.routing.placement import Placement
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SLOTS = ((0, 1, 5, 7), (2, 3, 7, 1), (4, 7, 6, 1))  # 1 and 7 are on several ranks
 CASES = [(1, 1, 1), (1, 5, 2), (3, 1, 9), (3, 37, 4)]  # ranks that bring rows, rows of each, choices
 
@@ -70,8 +66,7 @@ def check(groups: int, rows: int, choices: int, device: str) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs here already")
 def test_kernel_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
-    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    run_interpreted(__file__)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")

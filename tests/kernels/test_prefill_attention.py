@@ -1,14 +1,10 @@
 """Attention of many rows a sequence: unequal pieces in one launch, windows, and rows that continue a prompt."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreted import INTERPRETED, run_interpreted
 from paged_cases import LARGE, SMALL, Shape, check
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PIECES = {
     "one": [(0, 5)],
     "continued": [(130, 90), (61, 2)],
@@ -18,8 +14,7 @@ PIECES = {
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs here already")
 def test_kernels_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
-    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    run_interpreted(__file__)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")

@@ -1,17 +1,13 @@
 """Residual additions and norms: the twin against transformers' layers and float64, the kernel against float64."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from interpreted import INTERPRETED, run_interpreted
 
 from moe_nvfp4.kernels.nvfp4 import TOLERANCE, relative_error
 from moe_nvfp4.kernels.residual_norms import Norm, residual_norms
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Kinds of norms: "w" weight, "o" one plus weight, "f" weight in float32, "-" no weight, "" no norm.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -101,8 +97,7 @@ def test_norms_of_transformers() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs here already")
 def test_kernels_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
-    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    run_interpreted(__file__)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")

@@ -1,18 +1,14 @@
 """Routing: choices exact where the product is, weights against float64."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from interpreted import INTERPRETED, run_interpreted
 
 from moe_nvfp4.kernels.nvfp4 import TOLERANCE, relative_error
 from moe_nvfp4.kernels.route import FEW_ROWS, Routes, route
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # rows, experts, hidden, choices
 SMALL = [(1, 256, 128, 8), (FEW_ROWS, 60, 96, 4), (FEW_ROWS + 1, 128, 640, 8), (3, 512, 64, 22), (2, 20, 130, 3)]
@@ -94,8 +90,7 @@ def test_twin_is_the_router_of_transformers() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs here already")
 def test_kernels_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
-    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    run_interpreted(__file__)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")

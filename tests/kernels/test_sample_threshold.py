@@ -1,18 +1,14 @@
 """The threshold against a sort: few blocks in registers, or passes over many. Blocks are small, to have many."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import triton
 import triton.language as tl
+from interpreted import INTERPRETED, run_interpreted
 from torch import Tensor
 
 from moe_nvfp4.kernels.sample_threshold import find_threshold, key_of, value_of, weights_of
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HELD = 16  # blocks
 BLOCK = 8
 
@@ -86,13 +82,13 @@ def check_many(kind: str, vocabulary: int, dtype: torch.dtype, device: str) -> N
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs here already")
 def test_kernels_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
-    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    run_interpreted(__file__)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*((kind, torch.float32) for kind in KINDS), ("flat", torch.bfloat16), ("tied", torch.bfloat16)]
+)
 def test_interpreted(kind: str, dtype: torch.dtype) -> None:
     check_many(kind, 600, dtype, "cpu")
 

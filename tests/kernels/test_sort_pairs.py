@@ -1,16 +1,12 @@
 """Sorting pairs: exact against the twin, the twin against a plain loop."""
 
-import os
-import subprocess
-import sys
 from itertools import accumulate
 
 import pytest
 import torch
+from interpreted import INTERPRETED, run_interpreted
 
 from moe_nvfp4.kernels.sort_pairs import sort_pairs, sort_pairs_twin
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # rows, choices, experts, and the part of the ids that are -1
 CASES = [
@@ -71,8 +67,7 @@ def test_no_rows() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs here already")
 def test_kernels_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
-    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    run_interpreted(__file__)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")

@@ -25,6 +25,7 @@ WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # of 15 a worker gets hardly any time beside other tests, and counts as one that hangs
 }
 
 
@@ -41,9 +42,16 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def ray_start(environment: dict[str, str], log: Path, *options: str) -> subprocess.Popen:
-    """A node that lives as long as this process."""
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def ray_start(environment: dict[str, str], log: Path, *options: str, agent: int) -> subprocess.Popen:
+    """A node that lives as long as this process. `agent`: the port of what starts its jobs; Ray's own is the same for
+    every node of a machine."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *options]
+    command.append(f"--dashboard-agent-listen-port={agent}")
     with open(log, "wb") as out:
         return subprocess.Popen(command, stdout=out, stderr=out, env=environment)
 
@@ -62,20 +70,21 @@ def cluster() -> Iterator[Cluster]:
     os.environ.update(WORKER_ENVIRONMENT)  # read by ray.init, and by nodes and workers that inherit it
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # the path of a Unix socket may have 107 bytes
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     address, nodes = f"127.0.0.1:{port}", []
     options = [f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=4", f"--temp-dir={folder}"]
     options += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    nodes.append(ray_start(environment, folder / "head.log", "--head", *options))
+    nodes.append(ray_start(environment, folder / "head.log", "--head", *options, agent=agent))
 
     def add_node() -> subprocess.Popen:
-        one = ray_start(environment, folder / f"node{len(nodes)}.log", f"--address={address}", "--num-cpus=1")
+        log = folder / f"node{len(nodes)}.log"
+        one = ray_start(environment, log, f"--address={address}", "--num-cpus=1", agent=free_port())
         nodes.append(one)
         return one
 
     try:
-        deadline = time.monotonic() + 60
-        while "To terminate the Ray runtime" not in (log := (folder / "head.log").read_text()):
+        deadline = time.monotonic() + 120
+        while "To terminate the Ray runtime" not in (log := (folder / "head.log").read_text()) or not listens(agent):
             assert nodes[0].poll() is None and time.monotonic() < deadline, log
             time.sleep(0.2)
         ray.init(address=address, log_to_driver=False)

@@ -27,10 +27,10 @@ FIRST, BETWEEN = 0.1, 0.02  # seconds
 
 
 class Timed:
-    """Answers after FIRST seconds, then every BETWEEN; `room` at once, the others wait; more than `queue` get a 429."""
+    """Answers after `first` seconds, then every BETWEEN. `room` at once, others wait, more than `queue` get a 429."""
 
     def __init__(self) -> None:
-        self.room, self.queue = 10_000, 10_000
+        self.room, self.queue, self.first = 10_000, 10_000, FIRST
         self.inside = self.served = 0
         self.bodies: list[dict[str, Any]] = []
         self.breaks: dict[int, str] = {}  # by the number of the request: how its answer goes wrong
@@ -60,7 +60,7 @@ class Timed:
             await asyncio.sleep(0.002)
         self.served += 1
         try:
-            await asyncio.sleep(FIRST)
+            await asyncio.sleep(self.first)
             for number in range(body["max_tokens"]):
                 if number:
                     await asyncio.sleep(BETWEEN)
@@ -135,8 +135,8 @@ def test_times_are_those_of_the_server(timed: tuple[str, Timed], chat: bool, pro
     assert figures["model"] == "timed" and figures["largest_rate"] is None
     assert (one["completed"], one["tokens_in"], one["tokens_out"], one["problems"]) == (30, 210, 150, {})
     assert FIRST <= one["first_token"]["p50"] < FIRST + 0.15
-    assert BETWEEN <= one["between_tokens"]["p50"] < BETWEEN + 0.02
-    assert FIRST + 4 * BETWEEN <= one["end_to_end"]["p50"] < FIRST + 4 * BETWEEN + 0.3
+    assert BETWEEN <= one["between_tokens"]["p50"] < BETWEEN + 0.05
+    assert FIRST + 4 * BETWEEN <= one["end_to_end"]["p50"] < FIRST + 4 * BETWEEN + 0.5
     assert one["seconds"] >= few(30).arrivals(30.0)[-1] - few(30).arrivals(30.0)[0]
     assert "messages" in server.bodies[0] if chat else "prompt" in server.bodies[0]
     assert f"{30:>6} | {30:>5} |   0   0 |" in table
@@ -161,10 +161,10 @@ def test_what_goes_wrong_is_counted_by_its_kind(timed: tuple[str, Timed]) -> Non
     assert one["completed"] == 6 and one["tokens_out"] == 30
     assert "cut off 1" in table
     server.room, server.queue, server.breaks = 2, 1, {}
+    server.first = 1.0  # so that none of the three ends before the last has come
     figures, _ = run(url, few(20), [500.0])
-    one = figures["rates"][0]
-    assert one["problems"] == {"429": 20 - one["completed"]}
-    assert 3 <= one["completed"] < 15, "three at once; a slow machine sends the last ones when the first have left"
+    assert figures["rates"][0]["problems"] == {"429": 17}
+    server.first = FIRST
     server.breaks = {len(server.bodies) + 2: "hang"}
     figures, _ = run(url, few(2), [100.0], timeout=1.5)
     assert figures["rates"][0]["problems"] == {"timeout": 1}

@@ -39,7 +39,7 @@ PARAMS = [
 
 
 def open_group(model: Path, size: int, **settings: Any) -> GroupRunner:
-    ranks = GroupSettings(gpus=size, device="cpu", **{"hang_seconds": 8.0, "placement_seconds": 30.0, **settings})
+    ranks = GroupSettings(gpus=size, device="cpu", **{"hang_seconds": 8.0, "placement_seconds": 120.0, **settings})
     return GroupRunner(model, ranks, **SIZES, spare_experts=1, count_experts=True)
 
 

@@ -29,6 +29,15 @@ DEMO = Path(moe_nvfp4.__file__).parent / "demo"
 SLOTS, WAITING, LENGTH = 4, 6, 512  # of each of the two replicas
 TOKENS = 120
 PROMPTS = 8
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "RAY_ADDRESS": "local",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # of 15, workers get hardly any time beside other tests
+    # Seconds, of which 5 and 10 are usual: Serve takes a proxy that starts beside other tests for one that is broken.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+}
 
 
 @dataclass
@@ -56,12 +65,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     command = [sys.executable, "-m", "moe_nvfp4.launch.serve", "--model", str(DEMO), "--served-model-name", "demo"]
     command += ["--device", "cpu", "--port", str(port), "--replicas", "2", "--max-seq-len", str(LENGTH)]
     command += ["--max-batch-size", str(SLOTS), "--max-waiting", str(WAITING), "--drain-seconds", "20"]
-    environment = os.environ | {"RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = {**os.environ, **ENVIRONMENT}
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True, env=environment)
     one = Served(f"http://127.0.0.1:{port}", process, log)
     try:
-        until(lambda: "serving demo" in log.read_text() or process.poll() is not None, 120)
+        until(lambda: "serving demo" in log.read_text() or process.poll() is not None, 240)
         assert process.poll() is None, log.read_text()[-3000:]
         yield one
     finally:
