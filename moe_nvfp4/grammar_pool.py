@@ -43,7 +43,7 @@ class Worker:
         self.pid = self._process.pid
         self.opened = False
         self.began: float | None = None  # when its grammar was
-        self.killed = self.displaced = False
+        self.killed = self.displaced = self.silent = False
 
     def open(self, opening: bytes) -> bool:
         self.opened = self.opened or self._ask(opening, START_SECONDS) is not None
@@ -73,6 +73,7 @@ class Worker:
         finally:
             limit.cancel()
             limit.join()
+        self.silent = answer is None
         return answer
 
     @property
@@ -82,7 +83,8 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
-        return not self.killed and self._process.poll() is None
+        # The pipes of a process that is killed close some time before it counts as ended.
+        return not (self.killed or self.silent) and self._process.poll() is None
 
     def kill(self) -> None:
         self.killed = True

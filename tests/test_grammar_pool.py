@@ -137,6 +137,15 @@ def test_a_worker_that_dies_is_replaced(pool: WorkerPool) -> None:
     pool.try_out(of("abc"))
 
 
+def test_a_worker_whose_pipe_has_closed_is_not_taken_again(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = pool._idle[-1]
+    monkeypatch.setattr(worker._process, "poll", lambda: None)
+    os.kill(worker.pid, signal.SIGKILL)
+    assert "ended the process that did it" in refused(pool, of("abc"))
+    pool.try_out(of("abc"))
+    assert not is_running(worker.pid)
+
+
 def test_memory_has_a_limit(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
     words = json.dumps({"enum": [f"{'x' * 20}{number}" for number in range(20_000)]})
     monkeypatch.setattr(grammar_pool, "MEMORY_BYTES", 16 << 20)

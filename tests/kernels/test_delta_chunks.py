@@ -25,7 +25,6 @@ def test_kernels_in_the_interpreter() -> None:
     ("step", "heads", "dtype"),
     [
         *((step, SMALL, dtype) for step in ("mixed", "decode") for dtype in DTYPES),
-        ("prefill", SMALL, torch.float32),
         ("mixed", Heads(1, 1, 16, 32), torch.bfloat16),
     ],
 )
@@ -36,7 +35,7 @@ def test_interpreted(step: str, heads: Heads, dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_interpreted_scales(scale: float) -> None:
-    check(SMALL, PREFILLS, torch.float32, 2e-3, scale=scale)
+    check(SMALL, PREFILLS[:2], torch.float32, 2e-3, scale=scale)
 
 
 @pytest.mark.gpu

@@ -234,8 +234,14 @@ def test_interpreted_parts() -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-@pytest.mark.parametrize("page_dtype", [torch.bfloat16, torch.uint8])
-@pytest.mark.parametrize("case", [*SMALL, QWEN35, GLOBAL])
+@pytest.mark.parametrize(
+    ("case", "page_dtype"),
+    [
+        *((case, dtype) for case in SMALL for dtype in (torch.bfloat16, torch.uint8)),
+        (QWEN35, torch.uint8),
+        (GLOBAL, torch.uint8),
+    ],
+)
 def test_interpreted(case: Case, page_dtype: torch.dtype) -> None:
     check(case, FEW, torch.bfloat16, "cpu", page_dtype)
 

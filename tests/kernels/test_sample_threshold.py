@@ -73,10 +73,10 @@ def check(kind: str, vocabulary: int, dtype: torch.dtype, target: float, count: 
 KINDS = ["flat", "tied", "sorted", "two", "peak"]
 
 
-def check_many(kind: str, vocabulary: int, dtype: torch.dtype, device: str) -> None:
-    for k in (1, 61, vocabulary // 3):
+def check_many(kind: str, vocabulary: int, dtype: torch.dtype, device: str, every: int = 1) -> None:
+    for k in (1, 61, vocabulary // 3)[::every]:
         check(kind, vocabulary, dtype, float(k), True, device)
-    for p in (0.01, 0.5, 0.99):
+    for p in (0.01, 0.5, 0.99)[::every]:
         check(kind, vocabulary, dtype, p, False, device)
 
 
@@ -90,7 +90,7 @@ def test_kernels_in_the_interpreter() -> None:
     ("kind", "dtype"), [*((kind, torch.float32) for kind in KINDS), ("flat", torch.bfloat16), ("tied", torch.bfloat16)]
 )
 def test_interpreted(kind: str, dtype: torch.dtype) -> None:
-    check_many(kind, 600, dtype, "cpu")
+    check_many(kind, 600, dtype, "cpu", every=1 if kind == "flat" else 2)
 
 
 @pytest.mark.gpu
