@@ -184,7 +184,7 @@ def _stepped(state, fade, k, added):
 
 @gluon.jit
 def _earlier(ring_ptr, conv_ptr, channel, position, C: gl.constexpr, K: gl.constexpr):
-    """The convolution's terms of the K - 1 positions before, as far as there are any; the weight of this one."""
+    """The convolution's terms of the K - 1 positions before, as far as there are any."""
     y = 0.0
     for tap in gl.static_range(1, K):
         x = gl.load(ring_ptr + (position + K - tap) % K * C + channel, mask=(channel >= 0) & (position >= tap), other=0)

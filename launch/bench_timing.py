@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -62,8 +63,9 @@ def graph_time(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) ->
     return Timing(statistics.median(times), min(times), max(times))
 
 
+@cache
 def measure_read(device: torch.device) -> float:
-    """Bytes a second of a reduction over memory."""
+    """Bytes a second of a reduction over memory, measured once: a server asks for each of its models."""
     if device.type != "cuda":
         return _measure_host_read()
     with torch.cuda.device(device):

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from moe_nvfp4.async_runner import AsyncMoERunner, Following, Receiver
 from moe_nvfp4.engine.loop import Engine
-from moe_nvfp4.engine.stats import EngineStats
 from moe_nvfp4.errors import MoeNvfp4Error
 from moe_nvfp4.generation import Completion, Increment
 from moe_nvfp4.launch.bench_timing import measure_read
@@ -134,11 +133,7 @@ class ServedModel:
         return True
 
     def _engine_figures(self) -> Iterable[Family]:
-        """Of an engine in this process."""
-        stats = getattr(self.runner.runner.engine, "stats", None)
-        if stats is None:
-            return
-        now: EngineStats = stats()
+        now = self.runner.runner.engine.stats()
         label, counters = {"model": self.name}, now.counters
         for name, text, value in (
             ("requests_running", "Answers that are computed.", now.running),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from moe_nvfp4.engine.orders import Sink
+from moe_nvfp4.engine.stats import EngineStats
 from moe_nvfp4.errors import QueueFullError
 from moe_nvfp4.generation import Answer, Completion, Generation, Increment
 from moe_nvfp4.prompts import Requests
@@ -20,6 +21,8 @@ class AnsweringEngine(Protocol):
     def submit(self, answer: Answer, sink: Sink) -> None: ...
 
     def cancel(self, answer: Answer) -> None: ...
+
+    def stats(self) -> EngineStats: ...
 
     def close(self) -> None: ...
 
