@@ -46,14 +46,14 @@ def fork_server() -> Any:
 class RankPool:
     """`run(function, ...)` calls a function of a module in every process, and gives all results."""
 
-    def __init__(self, size: int, folder: Path):
+    def __init__(self, size: int, folder: Path, device: str = "cpu"):
         context = fork_server()
         before, os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS"), "1"
         self.size, self._ends, self._processes = size, [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, size, str(folder / f"store{size}"), theirs), daemon=True
+                target=_serve, args=(rank, size, str(folder / f"store{size}"), device, theirs), daemon=True
             )
             process.start()
             self._ends.append(ours)
@@ -82,11 +82,14 @@ class RankPool:
             process.kill()
 
 
-def _serve(rank: int, size: int, store: str, end: Connection) -> None:
+def _serve(rank: int, size: int, store: str, device: str, end: Connection) -> None:
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     patience = timedelta(seconds=SECONDS / 2)
     files = dist.FileStore(store, size)
-    dist.init_process_group("gloo", store=files, rank=rank, world_size=size, timeout=patience)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=files, rank=rank, world_size=size, timeout=patience)
     while (task := end.recv()) is not None:
         function, args, named = task
         try:
@@ -182,13 +185,15 @@ def one_thread(function: Callable[[], Any]) -> Any:
 
 
 def prepare(folder: Path, ranks: Ranks | None = None, **settings: Any) -> Preparation:
-    defaults = {"device": "cpu", "dtype": "float32", "max_batch_size": 8, "max_seq_len": 256, "verbose": False}
+    device = "cpu" if ranks is None else str(ranks.device)
+    defaults = {"device": device, "dtype": "float32", "max_batch_size": 8, "max_seq_len": 256, "verbose": False}
     placement = settings.pop("placement", None)
     return Preparation(folder, RunnerSettings(**(defaults | settings)), ranks or ALONE, placement)
 
 
 def join(attention: Any = "replicated") -> Ranks:
-    return Ranks.join(device="cpu", attention=attention)
+    device = f"cuda:{dist.get_rank()}" if dist.get_backend() == "nccl" else "cpu"
+    return Ranks.join(device=device, attention=attention)
 
 
 def answers_of(
@@ -204,7 +209,7 @@ def answers_of(
     rank = Rank(folder, None if attention is None else join(attention), **settings)
     rank.scheduler.limits = replace(rank.scheduler.limits, chunk=chunk)
     answers = rank.generate(prompts, params, late=len(prompts) // 2)
-    return [tuple(a.new_ids) for a in answers], [a.logprobs for a in answers], rank.logits(prompts[0])
+    return [tuple(a.new_ids) for a in answers], [a.logprobs for a in answers], rank.logits(prompts[0]).cpu()
 
 
 def answers_while_experts_move(

@@ -81,3 +81,21 @@ def test_sampling_is_the_same_too(pool: RankPool, folders: dict) -> None:
                 assert mine.token_id == other.token_id
                 assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
                 assert [token for token, _ in mine.top] == [token for token, _ in other.top]
+
+
+@pytest.mark.multi_gpu(2)
+@pytest.mark.parametrize("model", NAMES)
+def test_on_two_gpus(folders: dict, tmp_path: Path, model: str) -> None:
+    """From graphs, in bfloat16."""
+    _, _, logits = answers_of(folders[model], None, PROMPTS, GREEDY, device="cuda", dtype="bfloat16")
+    pool = RankPool(2, tmp_path, "cuda")
+    try:
+        for attention in MODES:
+            results = pool.run(answers_of, folders[model], attention, PROMPTS, GREEDY, dtype="bfloat16")
+            for tokens, _, their_logits in results:
+                assert tokens == results[0][0]
+                assert relative_error(their_logits, logits) < 2e-2, attention
+                if attention != "data":
+                    assert torch.equal(their_logits, results[0][2]), "ranks would not sample the same tokens"
+    finally:
+        pool.close()
