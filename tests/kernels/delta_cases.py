@@ -141,13 +141,13 @@ def check(
 
 def check_lines(heads: Heads, dtype: torch.dtype, device: str = "cpu") -> None:
     """A step that leaves states in lines does all else as one without, and a sequence that is cut there has the same in
-    its slot. To the bit: units of the kernels are of all rows of a step, and here the last ones are the smallest."""
+    its slot. To the bit: a kernel's unit is of the largest of all rows, and here that is the first one."""
     case, begin, kept = layer(heads, KEEPING, dtype, device, lines=9), 0, []
     for (slot, before, count), line in zip(KEEPING, LINES, strict=True):
         if line >= 0:
             rows = (count - 1) // 64 * 64
             kept.append((slot, before, rows, line, slice(begin, begin + rows), slice(begin + rows, begin + count)))
-            case.inputs.mixed_TC[begin + rows : begin + count, 2 * heads.HK * heads.DK :] /= 16
+            case.inputs.mixed_TC[begin, 2 * heads.HK * heads.DK :] *= 16
         begin += count
     plain, cut = copy(case.state), copy(case.state)
     expected = run(case.inputs, case.weights, plain, Rows.of(KEEPING, device))
