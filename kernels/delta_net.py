@@ -55,7 +55,7 @@ def delta_net(
     rows: Rows,
     eps: float,
 ) -> Tensor:
-    """[T, HV DV] in the dtype of mixed; the states of the rows' sequences are updated in place.
+    """[T, HV DV] in the dtype of mixed; the states of the rows' sequences are updated in place, and `rows.lines` too.
 
     A sequence whose first row here is position 0 starts from zero. The launch before this one in the stream must not
     write the state or the weights: on sm_90 they are read before it has ended.
@@ -89,21 +89,23 @@ def delta_net_twin(inputs: DeltaInputs, weights: DeltaWeights, state: DeltaState
     beta_TH = inputs.b_TH.to(dtype).sigmoid()
     decay_TH = weights.decay.to(dtype) * F.softplus(inputs.a_TH.to(dtype) + weights.step.to(dtype))
     out_THV = torch.empty_like(z_THV)
-    for slot, (begin, end), length in zip(
-        rows.slots.tolist(), pairwise(rows.starts.tolist()), rows.lengths.tolist(), strict=True
+    for slot, line, (begin, end), length in zip(
+        rows.slots.tolist(), rows.lines.tolist(), pairwise(rows.starts.tolist()), rows.lengths.tolist(), strict=True
     ):
         if begin == end:
             continue
-        before = length - (end - begin)
-        q, k, v = _convolve(mixed_TC[begin:end], weights.conv.to(dtype), state, slot, before)
+        count = end - begin
+        before, mixed_NC = length - count, mixed_TC[begin:end]
+        q, k, v = _convolve(mixed_NC, weights.conv.to(dtype), state, slot, before)
         memory = state.memory(slot, before).to(dtype)
-        for first in range(0, end - begin, _CHUNK):
-            here = slice(first, min(first + _CHUNK, end - begin))
+        for first in range(0, count, _CHUNK):
+            if line >= 0 and first + _CHUNK >= count:
+                _keep(state, line, mixed_NC[:first], before, memory)
+            here = slice(first, min(first + _CHUNK, count))
             there = slice(begin + here.start, begin + here.stop)
             o_HTV, memory = _chunk(q[:, here], k[:, here], v[:, here], decay_TH[there].T, beta_TH[there].T, memory)
             out_THV[there] = o_HTV.transpose(0, 1)
-        state.recurrent[slot] = memory.to(state.recurrent.dtype)
-        state.written[slot] = length
+        _keep(state, slot, mixed_NC, before, memory)
     normed = F.rms_norm(out_THV, (heads.DV,), weights.norm.to(dtype), eps) * F.silu(z_THV)
     return normed.flatten(1).to(mixed_TC.dtype)
 
@@ -116,14 +118,21 @@ def _convolve(
     earlier = torch.arange(before - taps + 1, before, device=mixed_NC.device)
     past = torch.where((earlier >= 0)[:, None], state.conv[slot, earlier % taps], 0.0)
     padded = torch.cat((past, mixed_NC)).to(conv_CK.dtype)
-    last = torch.arange(max(0, count - taps), count, device=mixed_NC.device)
-    state.conv[slot, (before + last) % taps] = mixed_NC[last]
     y_NC = F.silu(sum((padded[tap : tap + count] * conv_CK[:, tap] for tap in range(taps)), start=padded.new_zeros(())))
     q, k, v = y_NC.split((heads.HK * heads.DK, heads.HK * heads.DK, heads.HV * heads.DV), dim=1)
     q, k = (x.view(count, heads.HK, heads.DK).repeat_interleave(heads.HV // heads.HK, dim=1) for x in (q, k))
     q, k = (x * (x.square().sum(-1, keepdim=True) + _NORM_EPSILON).rsqrt() for x in (q, k))
     q, k, v = (x.transpose(0, 1) for x in (q * heads.DK**-0.5, k, v.view(count, heads.HV, heads.DV)))
     return q, k, v
+
+
+def _keep(state: DeltaState, line: int, mixed_NC: Tensor, before: int, memory: Tensor) -> None:
+    """What is there after N rows that follow `before` others."""
+    count, taps = mixed_NC.shape[0], state.conv.shape[1]
+    last = torch.arange(max(0, count - taps), count, device=mixed_NC.device)
+    state.conv[line, (before + last) % taps] = mixed_NC[last]
+    state.recurrent[line] = memory.to(state.recurrent.dtype)
+    state.written[line] = before + count
 
 
 def _chunk(q: Tensor, k: Tensor, v: Tensor, decay_HN: Tensor, beta_HN: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:

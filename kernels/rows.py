@@ -2,7 +2,8 @@
 
 A step computes T rows of B sequences. The rows of sequence b are starts[b] to starts[b + 1], and they are its last
 positions. Sequences with one row come first, so that decoding and prefill are each one launch. Every sequence has a
-slot: its line in a page table, its place among recurrent states. Slots of padding rows are spare ones.
+slot: its line in a page table, its place among recurrent states. Slots of padding rows are spare ones. Recurrent
+layers take a sequence's rows 64 at a time, and can leave the states before the last of these chunks in a line as well.
 """
 
 from array import array
@@ -20,11 +21,17 @@ class Rows(NamedTuple):
     slots: Tensor  # int32 [B]
     starts: Tensor  # int32 [B + 1]
     lengths: Tensor  # int32 [B], tokens of each sequence after this step
+    lines: Tensor  # int32 [B], for the states before each sequence's last chunk; -1: none, as for 64 rows or fewer
     decodes: int  # the first so many sequences have exactly one row
     longest: int  # most rows of one sequence
 
     @classmethod
-    def of(cls, pieces: Sequence[tuple[int, int, int]], device: torch.device | str = "cpu") -> "Rows":
+    def of(
+        cls,
+        pieces: Sequence[tuple[int, int, int]],
+        device: torch.device | str = "cpu",
+        lines: Sequence[int] | None = None,
+    ) -> "Rows":
         """From (slot, tokens before this step, rows) of each sequence, those of one row first."""
         counts = [count for _, _, count in pieces]
         decodes = next((index for index, count in enumerate(counts) if count != 1), len(counts))
@@ -35,16 +42,16 @@ class Rows(NamedTuple):
             [slot for slot, _, _ in pieces],
             [0, *accumulate(counts)],
             [before + count for _, before, count in pieces],
+            [-1] * len(pieces) if lines is None else lines,
         ]
-        positions, row_slots, slots, starts, lengths = upload(parts, device)
-        return cls(positions, row_slots, slots, starts, lengths, decodes, longest=max(counts, default=0))
+        positions, row_slots, slots, starts, lengths, kept = upload(parts, device)
+        return cls(positions, row_slots, slots, starts, lengths, kept, decodes, longest=max(counts, default=0))
 
     def prefills(self) -> "Rows":
         """The sequences after the decoding ones; their `starts` still count rows of the whole step."""
         first = self.decodes
-        return self._replace(
-            slots=self.slots[first:], starts=self.starts[first:], lengths=self.lengths[first:], decodes=0
-        )
+        slots, starts, lengths, lines = (x[first:] for x in (self.slots, self.starts, self.lengths, self.lines))
+        return self._replace(slots=slots, starts=starts, lengths=lengths, lines=lines, decodes=0)
 
 
 def upload(parts: Sequence[Sequence[int]], device: torch.device | str) -> list[Tensor]:

@@ -12,11 +12,12 @@ from moe_nvfp4.row_graphs import RowGraphs, Rowwise
 
 
 class Piece(NamedTuple):
-    """New tokens of a sequence, to follow the `start` tokens already cached in `slot`."""
+    """New tokens of a sequence, to follow the `start` tokens already cached in `slot`. `line`: see Rows.lines."""
 
     slot: int
     start: int
     token_ids: Sequence[int]
+    line: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,8 @@ class Batch:
             ends[index] = end - 1
         ids = [token for index in order for token in pieces[index].token_ids]
         token_ids, last_rows = upload([ids, ends], device)
-        rows = Rows.of([(pieces[i].slot, pieces[i].start, len(pieces[i].token_ids)) for i in order], device)
+        ordered = [pieces[index] for index in order]
+        rows = Rows.of([(p.slot, p.start, len(p.token_ids)) for p in ordered], device, [p.line for p in ordered])
         return cls(token_ids, rows, last_rows, step, row_graphs)
 
     def each_row(

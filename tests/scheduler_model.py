@@ -64,9 +64,16 @@ class Device:
             self._write(rows, step.decodes_only, written)
         for rows in step.rows:
             self._read(rows)
+        kept = [line for rows in step.rows for line in (rows.snapshot, rows.inner_snapshot) if line is not None]
+        assert len(set(kept)) == len(kept), "two states for one line"
         for rows in step.rows:
             if rows.snapshot is not None:
                 self.lines[rows.snapshot] = self.states[rows.sequence.slot]
+            if rows.inner_snapshot is not None:
+                page = self.memory.page
+                place = (rows.start + rows.count - 1) // page * page
+                assert rows.start % page == 0 and rows.start < place, "no kernel comes by there"
+                self.lines[rows.inner_snapshot] = self.chains[rows.sequence.ident][place]
         return [self._sample(rows) if rows.samples else None for rows in step.rows]
 
     def _write(self, rows: Rows, decodes_only: bool, written: set[tuple[int, int, int]]) -> None:
@@ -140,6 +147,7 @@ class PieceDevice(Device):
         super()._write(rows, decodes_only, written)
         sequence, end = rows.sequence, rows.start + rows.count
         assert (rows.start, end) == self.piece_of(sequence, rows.start), "a piece that depends on what else runs"
+        assert rows.inner_snapshot is None, "states that depend on later rows"
         assert rows.decodes == (rows.start >= sequence.prompt_length), "a row takes another path than it did once"
         for group in range(len(self.memory.groups)):
             for position in range(rows.start, end):

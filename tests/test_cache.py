@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe_nvfp4.cache import PAGE, AttentionSpec, CacheSettings, CacheSpec, DeltaSpec, SequenceCache
+from moe_nvfp4.kernels.delta_conv import CHUNK
 
 SPEC = CacheSpec(
     (AttentionSpec((1, 3), kv_heads=2, head_dim=16), AttentionSpec((0, 2), kv_heads=1, head_dim=32, window=100)),
@@ -73,6 +74,11 @@ def test_shared_pages_belong_to_whom_the_tables_say() -> None:
     assert cache.kv[3].table is cache.tables[0]
     assert cache.kv[0].keys.shape[0] == 6
     assert cache.first_snapshot == 4
+
+
+def test_delta_nets_come_by_the_ends_of_pages() -> None:
+    """Else a step could not keep the states there: see engine/chunks.py."""
+    assert PAGE == CHUNK
 
 
 def test_states_are_copied_whole() -> None:

@@ -70,9 +70,17 @@ def wants_snapshot(sequence: "Sequence", end: int, limits: "Limits", page: int) 
     return whole and SNAPSHOT_PAGES * page <= end <= sequence.prompt_length
 
 
+def inner_snapshot(sequence: "Sequence", start: int, end: int, limits: "Limits", page: int) -> int:
+    """After how many tokens a piece's step itself keeps states, so that the piece need not end there; 0: nowhere. A
+    step can do so before the last page of a piece, if that begins with a page: see Rows.lines in kernels/rows.py."""
+    place = (end - 1) // page * page
+    possible = start % page == 0 and start < place and not limits.whole_chunks
+    return place if possible and place >= SNAPSHOT_PAGES * page and place in stops(sequence, limits, page) else 0
+
+
 def stops(sequence: "Sequence", limits: "Limits", page: int) -> tuple[int, int]:
-    """Where pieces of a prompt end for the sake of a snapshot: after what others had too, and at the last place that
-    one with the same prompt could go on from."""
+    """Where a prompt's states are worth a snapshot: after what others had too, and at the last place that one with the
+    same prompt could go on from."""
     unit = limits.chunk if limits.whole_chunks else page
     return sequence.shared // unit * unit, (sequence.prompt_length - 1) // unit * unit
 
@@ -85,11 +93,13 @@ def _rows_within(sequence: "Sequence", most: int, limits: "Limits", memory: Sequ
     left, page = sequence.length - sequence.computed, memory.page
     count = min(left, most, limits.chunk)
     if count and memory.takes_snapshots:
-        # States can be reused only from where they were copied, and only from the end of a page.
+        # States can be reused only from where they were kept, and only from the end of a page.
+        start = sequence.computed
         for stop in stops(sequence, limits, page):
-            if sequence.computed < stop and stop >= SNAPSHOT_PAGES * page:
-                count = min(count, stop - sequence.computed)
-        aligned = (sequence.computed + count) // page * page
-        if count < left and aligned > sequence.computed:
-            count = aligned - sequence.computed
+            inside = inner_snapshot(sequence, start, start + count, limits, page) == stop
+            if start < stop and stop >= SNAPSHOT_PAGES * page and not inside:
+                count = min(count, stop - start)
+        aligned = (start + count) // page * page
+        if count < left and aligned > start:
+            count = aligned - start
     return count

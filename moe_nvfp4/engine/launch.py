@@ -73,7 +73,8 @@ def _run(stepper: Stepper, pairs: Pairs, decodes_only: bool, tops: int | None, w
     ]
     masks = TokenMasks(*map(list, zip(*bound, strict=True))) if bound else None
     if not decodes_only:
-        pieces = [Piece(rows.sequence.slot, rows.start, _token_ids(rows)) for rows, _ in pairs]
+        first = stepper.cache.first_snapshot
+        pieces = [Piece(rows.sequence.slot, rows.start, _token_ids(rows), _line(rows, first)) for rows, _ in pairs]
         samplers = [answer.sampler if rows.samples else None for rows, answer in pairs]
         return stepper.mixed(pieces, samplers, tops, masks, whole)
     known = [(rows.sequence.slot, rows.sequence.tokens[rows.start]) for rows, _ in pairs if rows.recomputes]
@@ -90,6 +91,10 @@ def _run(stepper: Stepper, pairs: Pairs, decodes_only: bool, tops: int | None, w
 def _token_ids(rows: Rows) -> Sequence[int]:
     """Empty for a row that takes the token which its slot has given last."""
     return () if rows.continues else rows.sequence.tokens[rows.start : rows.start + rows.count]
+
+
+def _line(rows: Rows, first_snapshot: int) -> int:
+    return -1 if rows.inner_snapshot is None else first_snapshot + rows.inner_snapshot
 
 
 def _whole(step: GroupStep, pairs: Sequence[tuple[Rows, Answer]], size: int) -> WholeStep:

@@ -103,6 +103,7 @@ class Rows:
     recomputes: bool = False  # one token of an answer, known, that is to be a decode row as it was the first time
     restore: int | None = None  # copy the states of this snapshot to the slot first
     snapshot: int | None = None  # copy the slot's states to this line afterwards
+    inner_snapshot: int | None = None  # the step itself leaves the states before the last page of its rows in this line
     changes: tuple[TableChange, ...] = ()
 
     @property
@@ -246,13 +247,16 @@ class Scheduler:
             keeps = not rest and pages >= SNAPSHOT_PAGES and not limits.whole_chunks
             line = self.memory.snapshot_answer(memory, sequence.computed) if keeps else None
             return Rows(sequence, start, 1, True, True, snapshot=line, changes=changes)
-        snapshot, end = None, sequence.computed
-        if chunks.wants_snapshot(sequence, end, limits, self.memory.page):
-            passing = end not in chunks.stops(sequence, limits, self.memory.page)
+        snapshot, end, page = None, sequence.computed, self.memory.page
+        place = chunks.inner_snapshot(sequence, start, end, limits, page)
+        inner = self.memory.snapshot(memory, sequence.tokens, place) if place else None
+        if chunks.wants_snapshot(sequence, end, limits, page):
+            passing = end not in chunks.stops(sequence, limits, page)
             snapshot = self.memory.snapshot(memory, sequence.tokens, end, passing=passing)
         self.memory.offer(memory, sequence.tokens, chunks.findable(sequence, limits))
         changes, recomputes = tuple(memory.take_changes()), chunks.is_recomputed(sequence, start, limits)
-        return Rows(sequence, start, count, end == sequence.length, False, recomputes, restore, snapshot, changes)
+        samples = end == sequence.length
+        return Rows(sequence, start, count, samples, False, recomputes, restore, snapshot, inner, changes)
 
     def _begin(self, sequence: Sequence) -> int | None:
         """Looked up as late as possible: what came before in this very step may be reused."""

@@ -4,8 +4,8 @@ Content is named by a chain of hashes: the key of a page covers every token befo
 and values. Tokens come from users, hence a cryptographic hash: nobody can make another's prompt match. To go on from
 a reused prefix a sequence needs all its pages in full attention, those of the last window elsewhere, and, where layers
 are recurrent, a snapshot of their states at just that place. Pages may be shared within the step that fills them:
-every layer writes its keys and values before it reads any. A snapshot is copied after its step, and is restored
-before one, so it can be found only from the next step on. An answer takes one at the end of each of its pages.
+every layer writes its keys and values before it reads any. A snapshot is written by a step or copied after it, and is
+restored before one, so it can be found only from the next step on. An answer takes one at the end of each of its pages.
 """
 
 import hashlib
@@ -174,7 +174,7 @@ class SequenceMemory:
             self.snapshots.keep(memory.line, memory.keys[memory.line_pages - 1])
 
     def snapshot(self, memory: Memory, tokens: Sequence[int], position: int, *, passing: bool = False) -> int | None:
-        """A line to which the states after `position` tokens, a multiple of a page, are to be copied after the step;
+        """A line for the states after `position` tokens, a multiple of a page, which it holds when the step is over;
         None if they are there already or there is no place. `passing`: the next one of the same prompt may replace it,
         so that a long prompt does not push out everybody's."""
         pool = self.snapshots

@@ -52,9 +52,10 @@ class StepBuffers:
         position, length, slot, _, top_k = (line[:rows] for line in flat[: cls.FIRST_FLOAT])
         temperature, top_p, min_p, uniform = (line[:rows] for line in flat[cls.FIRST_FLOAT :].view(torch.float32))
         every = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        none = torch.full_like(slot, -1)
         return cls(
             flat,
-            Rows(position, slot, slot, every, length, decodes=rows, longest=1),
+            Rows(position, slot, slot, every, length, none, decodes=rows, longest=1),
             SamplingRows(temperature, top_k, top_p, min_p, uniform),
             None if lines is None else StepRows(rows, torch.zeros(lines, dtype=torch.int32, device=device)),
         )

@@ -1,5 +1,7 @@
 """The scheduler over random traces, against a device that knows what every place ought to hold."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -62,17 +64,49 @@ def test_one_token_left_of_a_prompt_is_no_decode_row() -> None:
 
 
 def test_a_snapshot_is_found_only_after_its_step() -> None:
-    """It is copied after the step, and restored before. One with the same prompt waits for it."""
+    """It is written by the step, and restored before one. One with the same prompt waits for it."""
     s = scheduler("states", step_rows=64, chunk=32)
     prompt = [5] * 24
     s.add(sequence(0, prompt))
     s.add(sequence(1, prompt))
     first = s.plan()
-    assert first is not None and [(r.sequence.ident, r.start, r.count) for r in first.rows] == [(0, 0, 20)]
-    line = first.rows[0].snapshot
+    assert first is not None and [(r.sequence.ident, r.start, r.count) for r in first.rows] == [(0, 0, 24)]
+    line = first.rows[0].inner_snapshot
     second = s.plan()
     assert second is not None
-    assert [(r.sequence.ident, r.start, r.restore) for r in second.rows] == [(0, 20, None), (1, 20, line)]
+    assert [(r.sequence.ident, r.start, r.restore) for r in second.rows] == [(0, 24, None), (1, 20, line)]
+
+
+@pytest.mark.parametrize("prompt", [21, 23, 24])
+def test_a_prompt_that_fits_a_step_takes_one(prompt: int) -> None:
+    """And leaves its states before its last page: the same prompt goes on from there."""
+    s = scheduler("states", step_rows=64, chunk=32)
+    server = Server(s, depth=1, vocabulary=10**6)
+    server.add(sequence(0, [5] * prompt, 1))
+    step = s.plan()
+    assert step is not None and s.plan() is None
+    (rows,) = step.rows
+    assert (rows.start, rows.count, rows.samples) == (0, prompt, True) and rows.inner_snapshot is not None
+    s.took(rows, *server.device.run(step))
+    s.finish(rows.sequence)
+    server.add(sequence(1, [5] * prompt, 1))
+    server.finish()
+    assert server.sequences[1].reused == 20
+
+
+def test_a_piece_that_begins_within_a_page_ends_where_its_states_are_wanted() -> None:
+    """No kernel comes by the states there."""
+    s = scheduler("states", step_rows=64, chunk=3)
+    s.add(sequence(0, [5] * 26))
+    found = []
+    for _ in range(5):
+        step = s.plan()
+        assert step is not None
+        found += [(rows.start, rows.count, rows.snapshot is not None) for rows in step.rows]
+        assert step.rows[0].inner_snapshot is None
+        if len(found) == 3:
+            s.limits = replace(s.limits, chunk=32)
+    assert found == [(0, 3, False), (3, 1, False), (4, 3, False), (7, 17, True), (24, 2, False)]
 
 
 def test_states_of_a_shared_beginning_are_kept_from_the_second_prompt_on() -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from moe_nvfp4.kernels.delta_net import DeltaInputs, DeltaWeights, delta_net, delta_net_kernels
 from moe_nvfp4.kernels.delta_state import DeltaState, Heads
-from moe_nvfp4.kernels.nvfp4 import relative_error
+from moe_nvfp4.kernels.nvfp4 import TOLERANCE, relative_error
 from moe_nvfp4.kernels.rows import Rows
 
 TAPS, EPS = 4, 1e-6
@@ -20,6 +20,8 @@ QWEN = Heads(16, 32, 128, 128)
 DECODES = [(3, 7, 1), (1, 0, 1), (0, 2, 1), (4, 640, 1)]
 PREFILLS = [(2, 0, 70), (0, 5, 2), (1, 0, 128), (5, 1, 65)]
 STEPS = {"decode": DECODES, "prefill": PREFILLS, "mixed": [(3, 9, 1), (4, 0, 1), *PREFILLS]}
+KEEPING = [(3, 9, 1), (2, 0, 70), (0, 5, 2), (4, 64, 192), (1, 0, 65)]
+LINES = [-1, 5, -1, 7, -1]  # of those, as in Rows.lines
 
 
 class Layer(NamedTuple):
@@ -29,10 +31,15 @@ class Layer(NamedTuple):
 
 
 def layer(
-    heads: Heads, pieces: Sequence[tuple[int, int, int]], dtype: torch.dtype, device: str = "cpu", scale: float = 1.0
+    heads: Heads,
+    pieces: Sequence[tuple[int, int, int]],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    scale: float = 1.0,
+    lines: int = 0,
 ) -> Layer:
     """The inputs are columns of one wide tensor. Slots hold NaN where nothing may be read. `scale` is that of v. Heads
-    were written at any time since their last turn."""
+    were written at any time since their last turn. `lines`: so many slots at least."""
     count = sum(rows for _, _, rows in pieces)
     keys, values = heads.HK * heads.DK, heads.HV * heads.DV
     channels = heads.channels
@@ -45,7 +52,7 @@ def layer(
         step=torch.randn(heads.HV),
         norm=(1 + torch.randn(heads.DV) / 4).to(dtype),
     )
-    slots = 1 + max(slot for slot, _, _ in pieces)
+    slots = max(1 + max(slot for slot, _, _ in pieces), lines)
     state = DeltaState.empty((slots,), heads, TAPS, dtype)
     for part in state:
         part.fill_(torch.nan if part.is_floating_point() else 0x7F7F7F7F)
@@ -103,6 +110,12 @@ def memories(state: DeltaState, pieces: Sequence[tuple[int, int, int]]) -> Tenso
     return torch.stack([state.memory(slot, before + count) for slot, before, count in pieces])
 
 
+def run(inputs: DeltaInputs, weights: DeltaWeights, state: DeltaState, rows: Rows) -> Tensor:
+    if inputs.mixed_TC.is_cuda:  # where delta_net leaves float32 to the twin
+        return delta_net_kernels(inputs, weights, state, rows, EPS)
+    return delta_net(*inputs, weights, state, rows, EPS)
+
+
 def check(
     heads: Heads,
     pieces: Sequence[tuple[int, int, int]],
@@ -115,10 +128,7 @@ def check(
     case = layer(heads, pieces, dtype, device, scale)
     expected, after = reference(case, pieces)
     rows = Rows.of(pieces, device)
-    if device == "cuda":  # where delta_net leaves float32 to the twin
-        actual = delta_net_kernels(DeltaInputs(*case.inputs), case.weights, case.state, rows, EPS)
-    else:
-        actual = delta_net(*case.inputs, case.weights, case.state, rows, EPS)
+    actual = run(case.inputs, case.weights, case.state, rows)
     assert actual.dtype == dtype
     assert relative_error(actual.cpu(), expected) < tolerance
     slots = [slot for slot, _, _ in pieces]
@@ -127,3 +137,35 @@ def check(
     assert all(part[others].isnan().all() for part in (case.state.recurrent, case.state.entries, case.state.fades))
     assert torch.equal(case.state.written[others].cpu(), after.written[others].int())
     assert torch.equal(case.state.conv.cpu().double().nan_to_num(99.0), after.conv.nan_to_num(99.0))
+
+
+def check_lines(heads: Heads, dtype: torch.dtype, device: str = "cpu") -> None:
+    """A step that leaves states in lines does all else as one without, and a sequence that is cut there has the same in
+    its slot. To the bit: a kernel's unit is of the largest of all rows, and here that is the first one."""
+    case, begin, kept = layer(heads, KEEPING, dtype, device, lines=9), 0, []
+    for (slot, before, count), line in zip(KEEPING, LINES, strict=True):
+        if line >= 0:
+            rows = (count - 1) // 64 * 64
+            kept.append((slot, before, rows, line, slice(begin, begin + rows), slice(begin + rows, begin + count)))
+            case.inputs.mixed_TC[begin, 2 * heads.HK * heads.DK :] *= 16
+        begin += count
+    plain, cut = copy(case.state), copy(case.state)
+    expected = run(case.inputs, case.weights, plain, Rows.of(KEEPING, device))
+    require_same(run(case.inputs, case.weights, case.state, Rows.of(KEEPING, device, LINES)), expected)
+    others = [line for line in range(9) if line not in LINES]
+    for part, before in zip(case.state, plain, strict=True):
+        require_same(part[others], before[others])
+    for slot, before, rows, line, first, last in kept:
+        run(DeltaInputs(*(x[first] for x in case.inputs)), case.weights, cut, Rows.of([(slot, before, rows)], device))
+        for part, one in ((case.state.conv, cut.conv), (case.state.recurrent, cut.recurrent)):
+            require_same(part[line], one[slot])
+        assert (case.state.written[line] == before + rows).all()
+        for part in case.state:
+            part[6] = part[line]
+        piece = (6, before + rows, last.stop - last.start)
+        rest = run(DeltaInputs(*(x[last] for x in case.inputs)), case.weights, case.state, Rows.of([piece], device))
+        assert relative_error(rest, expected[last]) < (TOLERANCE["bfloat16"] if dtype == torch.bfloat16 else 1e-3)
+
+
+def require_same(one: Tensor, other: Tensor) -> None:
+    assert torch.equal(one.double().nan_to_num(99.0), other.double().nan_to_num(99.0))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from delta_cases import EPS, PREFILLS, QWEN, SMALL, STEPS, check, layer
+from delta_cases import EPS, PREFILLS, QWEN, SMALL, STEPS, check, check_lines, layer
 from interpreted import INTERPRETED, run_interpreted
 
 from moe_nvfp4.kernels.delta_net import DeltaInputs, delta_net_kernels, delta_net_twin
@@ -36,6 +36,18 @@ def test_interpreted(step: str, heads: Heads, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_interpreted_scales(scale: float) -> None:
     check(SMALL, PREFILLS[:2], torch.float32, 2e-3, scale=scale)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+def test_interpreted_lines() -> None:
+    check_lines(SMALL, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [SMALL, QWEN])
+def test_lines_gpu(heads: Heads, dtype: torch.dtype) -> None:
+    check_lines(heads, dtype, "cuda")
 
 
 @pytest.mark.gpu

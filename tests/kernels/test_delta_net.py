@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from delta_cases import DECODES, EPS, SMALL, STEPS, TAPS, check, copy, layer, reference
+from delta_cases import DECODES, EPS, SMALL, STEPS, TAPS, check, check_lines, copy, layer, reference
 from transformers import Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGatedDeltaNet
 
@@ -16,6 +16,11 @@ from moe_nvfp4.kernels.rows import Rows
 @pytest.mark.parametrize("step", STEPS)
 def test_twin(step: str, dtype: torch.dtype) -> None:
     check(SMALL, STEPS[step], dtype, TOLERANCE["float32" if dtype == torch.float32 else "bfloat16"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_twin_keeps_lines(dtype: torch.dtype) -> None:
+    check_lines(SMALL, dtype)
 
 
 def test_twin_in_float64() -> None:

@@ -13,14 +13,15 @@ def test_of() -> None:
     assert rows.slots.tolist() == [4, 0, 2, 1]
     assert rows.starts.tolist() == [0, 1, 2, 4, 7]
     assert rows.lengths.tolist() == [10, 1, 5, 3]
+    assert rows.lines.tolist() == [-1] * 4
     assert (rows.decodes, rows.longest) == (2, 3)
     assert {x.dtype for x in rows if isinstance(x, torch.Tensor)} == {torch.int32}
 
 
 def test_prefills() -> None:
-    rows = Rows.of([(4, 9, 1), (2, 3, 2), (1, 0, 3)]).prefills()
+    rows = Rows.of([(4, 9, 1), (2, 3, 2), (1, 0, 3)], lines=[-1, 7, -1]).prefills()
     assert (rows.slots.tolist(), rows.lengths.tolist(), rows.starts.tolist()) == ([2, 1], [5, 3], [1, 3, 6])
-    assert (rows.decodes, rows.longest) == (0, 3)
+    assert (rows.decodes, rows.longest, rows.lines.tolist()) == (0, 3, [7, -1])
 
 
 def test_one_row_first() -> None:
