@@ -7,8 +7,11 @@ NVLink that is nothing beside a barrier.
 Every rank has an inbox, which all map: two halves, in turns, with a part for each rank. Program p of a launch moves the
 same words of every part and counts its own rounds, in memory, so that graphs can be replayed. The half of a round is
 written again two rounds later: by a rank that has the round between from all others, who sent it after they had read
-this one. All ranks launch the same in the same order. A rank that is gone leaves the others waiting for ever: ending
-them is up to whoever watches them.
+this one. All ranks launch the same in the same order, one after the other. A rank that is gone leaves the others
+waiting for ever: ending them is up to whoever watches them.
+
+One H200 of two, sums, us: 4 KB 2.2, 64 KB 2.7, 256 KB 3.9, 1 MB 9.6, 2 MB 17.8; NCCL 10.8 to 31, torch's one-shot
+6.3 to 21. Programs of 256 words with 2 warps or 128 with 1 take 42 and 52 for 2 MB.
 
 Sums are taken in float32 in the order of ranks and rounded once: the same bits on every rank.
 

@@ -78,8 +78,8 @@ class Preparation:
                 self.step_rows = max(STEP_ROWS, self.step_rows // self.ranks.size)
             if settings.deterministic:  # a chunk is not cut to make room for answers
                 self.step_rows = max(self.step_rows, slots + CHUNK)
-            # Steps with prompts of up to so many rows are filled up to a size that has graphs; over several ranks none.
-            self.fill_rows = self.step_rows if self.fast and ranks.size == 1 else 0
+            # Steps with prompts of up to so many rows are filled up to a size that has graphs.
+            self.fill_rows = self.step_rows if self.fast else 0
             tokenizer = Tokenizer.load(checkpoint.folder)
             media = _media_tokens(checkpoint.config)
             self.eos_token_ids = _eos_token_ids(checkpoint, tokenizer)

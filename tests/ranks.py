@@ -101,8 +101,11 @@ def _serve(rank: int, size: int, store: str, device: str, end: Connection) -> No
 class Rank:
     """A loaded model with what serves it, without the threads of an engine."""
 
-    def __init__(self, folder: Path, ranks: Ranks | None = None, **settings: Any):
+    def __init__(self, folder: Path, ranks: Ranks | None = None, *, fill_rows: int | None = None, **settings: Any):
+        """`fill_rows`: also where no kernels need it."""
         self.prepared = prepared = prepare(folder, ranks, **settings)
+        if fill_rows is not None:
+            prepared.fill_rows = fill_rows
         self.model, self.experts = prepared.load_model()
         self.cache = SequenceCache(
             prepared.config.cache_spec,
@@ -118,6 +121,7 @@ class Rank:
             buckets=prepared.buckets,
             graphs=prepared.cuda_graphs,
             verbose=False,
+            fill_rows=prepared.fill_rows,
             ranks=prepared.ranks,
         )
         self.scheduler = scheduler_of(prepared)

@@ -54,6 +54,13 @@ def test_equal_to_one_rank(pool: RankPool, folders: dict, alone: dict, model: st
 
 
 @pytest.mark.parametrize("attention", MODES)
+def test_steps_that_are_filled_up(pool: RankPool, folders: dict, alone: dict, attention: str) -> None:
+    """To numbers of rows that have graphs, where ranks have different numbers of their own too."""
+    for theirs, *_ in pool.run(answers_of, folders["qwen3.6"], attention, PROMPTS, GREEDY, fill_rows=64):
+        assert theirs == alone["qwen3.6"][0]
+
+
+@pytest.mark.parametrize("attention", MODES)
 def test_steps_that_are_alike_need_no_plan(pool: RankPool, folders: dict, attention: str) -> None:
     """As in benchmarks, and where somebody steps by himself."""
     expected = one_thread(lambda: tokens_without_a_plan(folders["qwen3.6"], None, PROMPTS[0]))
@@ -86,16 +93,22 @@ def test_sampling_is_the_same_too(pool: RankPool, folders: dict) -> None:
 @pytest.mark.multi_gpu(2)
 @pytest.mark.parametrize("model", NAMES)
 def test_on_two_gpus(folders: dict, tmp_path: Path, model: str) -> None:
-    """From graphs, in bfloat16."""
-    _, _, logits = answers_of(folders[model], None, PROMPTS, GREEDY, device="cuda", dtype="bfloat16")
+    """In float32, launch by launch, what one GPU gives. In bfloat16, from graphs, what it gives nearly: where routing
+    is close, another expert is taken, and what follows that row differs."""
     pool = RankPool(2, tmp_path, "cuda")
     try:
-        for attention in MODES:
-            results = pool.run(answers_of, folders[model], attention, PROMPTS, GREEDY, dtype="bfloat16")
-            for tokens, _, their_logits in results:
-                assert tokens == results[0][0]
-                assert relative_error(their_logits, logits) < 2e-2, attention
-                if attention != "data":
-                    assert torch.equal(their_logits, results[0][2]), "ranks would not sample the same tokens"
+        for dtype in ("float32", "bfloat16"):
+            tokens, _, logits = answers_of(folders[model], None, PROMPTS, GREEDY, device="cuda", dtype=dtype)
+            for attention in MODES:
+                results = pool.run(answers_of, folders[model], attention, PROMPTS, GREEDY, dtype=dtype)
+                for theirs, _, their_logits in results:
+                    assert theirs == results[0][0]
+                    if dtype == "float32":
+                        assert theirs == tokens
+                        assert relative_error(their_logits, logits) < 1e-4
+                    errors = (their_logits - logits).norm(dim=-1) / logits.norm(dim=-1)
+                    assert errors.median() < 2e-2, (attention, errors)
+                    if attention != "data":
+                        assert torch.equal(their_logits, results[0][2]), "ranks would not sample the same tokens"
     finally:
         pool.close()
