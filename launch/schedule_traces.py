@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from moe_nvfp4.engine.cost import USUAL
-from moe_nvfp4.engine.scheduler import Limits
+from moe_nvfp4.engine.scheduler import REST, Limits
 from moe_nvfp4.engine.sequence_memory import PageGroup, SequenceMemory
 
 PAGE = 64
 TEXT = 1_000_003
 LOAD = 0.7  # of what steps full of rows could serve
-ROW_SECONDS = 1 / 69_000, 20.6e-3 / 256  # of a prompt's token and of an answer's, in full steps
+ROW_SECONDS = 1 / 69_000, 16.6e-3 / 256  # of a prompt's token and of an answer's, in full steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,8 @@ def scene(name: str, count: int, seed: int = 0) -> Scene:
     # Qwen3.6's kind, one geometry and states, with room for a million tokens; or Gemma 4's, a window, and little room.
     groups = [PageGroup(640), PageGroup(400, 1024)] if few else [PageGroup(16_384)]
     memory = SequenceMemory(groups, PAGE, None if few else 64)
-    limits = Limits(slots=256, step_rows=2048, chunk=1024 if few else 2048, max_waiting=2048, cost=USUAL)
+    chunk = 1024 if few else 2048
+    limits = Limits(slots=256, step_rows=2048, chunk=chunk, max_waiting=2048, cost=USUAL, rest=REST)
     return Scene(name, _requests(name, count, seed), memory, limits)
 
 

@@ -6,7 +6,8 @@ that ends there. Steps run in the order in which they were planned; their tokens
 
 from collections import deque
 
-from moe_nvfp4.engine.scheduler import Rows, Scheduler, Sequence, Step, check
+from moe_nvfp4.engine.invariants import check
+from moe_nvfp4.engine.scheduler import Rows, Scheduler, Sequence, Step
 
 END = 0  # the token that ends an answer
 ROOT = 0

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from scheduler_model import Server
 
 from moe_nvfp4.engine.cost import StepCost
-from moe_nvfp4.engine.scheduler import Limits, Scheduler, Sequence, check
+from moe_nvfp4.engine.invariants import check
+from moe_nvfp4.engine.scheduler import Limits, Scheduler, Sequence
 from moe_nvfp4.engine.sequence_memory import PageGroup, SequenceMemory
 
 PAGE = 4

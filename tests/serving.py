@@ -16,7 +16,7 @@ import uvicorn
 
 import moe_nvfp4
 from moe_nvfp4.async_runner import AsyncMoERunner
-from moe_nvfp4.engine.scheduler import check
+from moe_nvfp4.engine.invariants import check
 from moe_nvfp4.launch.http_app import create_app
 from moe_nvfp4.launch.http_server import Server
 from moe_nvfp4.launch.http_settings import ServerSettings

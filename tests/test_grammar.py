@@ -13,7 +13,7 @@ import torch
 
 import moe_nvfp4
 from moe_nvfp4 import MoERunner, SamplingParams, grammar
-from moe_nvfp4.engine.scheduler import check
+from moe_nvfp4.engine.invariants import check
 from moe_nvfp4.errors import RequestError
 from moe_nvfp4.grammar import Grammars, Matcher, TokenMasks, allowed_tokens
 from moe_nvfp4.sampling import Constraint

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import moe_nvfp4
 from moe_nvfp4 import MoERunner, SamplingParams
-from moe_nvfp4.engine.scheduler import check
+from moe_nvfp4.engine.invariants import check
 from moe_nvfp4.errors import CheckpointError, MemoryPlanError, RequestError
 from moe_nvfp4.generation import Generation
 from moe_nvfp4.synthesize import synthesize

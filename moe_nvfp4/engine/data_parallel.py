@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from moe_nvfp4.cache import PAGE
 from moe_nvfp4.determinism import Determinism
 from moe_nvfp4.engine.cost import USUAL
-from moe_nvfp4.engine.scheduler import Limits, QueueFull, Rows, Scheduler, Sequence, Step
+from moe_nvfp4.engine.scheduler import REST, Limits, QueueFull, Rows, Scheduler, Sequence, Step
 from moe_nvfp4.engine.sequence_memory import Memory, PageGroup, SequenceMemory
 from moe_nvfp4.row_graphs import row_buckets
 
@@ -128,6 +128,7 @@ def scheduler_of(prepared: "Preparation") -> Scheduler | DataParallelScheduler:
         max_waiting=prepared.settings.max_waiting,
         cost=USUAL if prepared.fast else None,
         stretch=prepared.settings.stretch,
+        rest=REST if prepared.fast else 0,
         sizes=tuple(row_buckets(prepared.fill_rows)),
         whole_chunks=prepared.determinism is not Determinism.OFF,
     )

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scheduler_model import END, Device
 
 from moe_nvfp4.engine.data_parallel import DataParallelScheduler, GroupStep
-from moe_nvfp4.engine.scheduler import Limits, QueueFull, Scheduler, Sequence, Step, check
+from moe_nvfp4.engine.invariants import check
+from moe_nvfp4.engine.scheduler import Limits, QueueFull, Scheduler, Sequence, Step
 from moe_nvfp4.engine.sequence_memory import PageGroup, SequenceMemory
 
 PAGE = 4

@@ -14,8 +14,8 @@ import torch
 from model_checks import runner_of, tiny_model
 
 from moe_nvfp4 import AsyncMoERunner
+from moe_nvfp4.engine.invariants import check
 from moe_nvfp4.engine.orders import Call, Close
-from moe_nvfp4.engine.scheduler import check
 from moe_nvfp4.errors import EngineError, QueueFullError, RequestError
 from moe_nvfp4.runner import MoERunner
 from moe_nvfp4.sampling import SamplingParams

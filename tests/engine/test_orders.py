@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from model_checks import runner_of, tiny_model
 
+from moe_nvfp4.engine.invariants import check
 from moe_nvfp4.engine.loop import Engine
 from moe_nvfp4.engine.order_link import Line, Lines
 from moe_nvfp4.engine.orders import (
@@ -26,7 +27,6 @@ from moe_nvfp4.engine.orders import (
     decode,
     encode,
 )
-from moe_nvfp4.engine.scheduler import check
 from moe_nvfp4.errors import RequestError
 from moe_nvfp4.runner import MoERunner
 from moe_nvfp4.sampling import SamplingParams

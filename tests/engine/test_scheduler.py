@@ -11,7 +11,9 @@ from scheduler_traces import COST, PAGE, Trace, play, scheduler, sequence, trace
 from moe_nvfp4.engine.scheduler import Limits, QueueFull, Scheduler
 from moe_nvfp4.engine.sequence_memory import PageGroup, SequenceMemory
 
-random_traces = traces(6, chunk=st.integers(1, 24), sizes=st.sampled_from([(), (4, 8, 16, 40), (7, 11)]))
+random_traces = traces(
+    6, chunk=st.integers(1, 24), sizes=st.sampled_from([(), (4, 8, 16, 40), (7, 11)]), rest=st.integers(0, 3)
+)
 
 
 @example(Trace("states", 6, 1, True, 1, {"slots": 1, "step_rows": 1, "chunk": 1}, 0))  # chunks shorter than a page
@@ -38,6 +40,37 @@ def test_steps_fill_up_to_their_sizes() -> None:
                 if len(rows.sequence.tokens) >= rows.sequence.prompt_length + 6:
                     server.scheduler.finish(rows.sequence)
     assert sum(total in (8, 16, 24, 40) for total in totals) > 0.8 * len(totals), totals
+
+
+def test_prompts_share_a_step() -> None:
+    """After one with prompts a few steps are for answers alone: when there are answers, and few rows of prompts."""
+    s = scheduler(cost=replace(COST, least_prompt_rows=10), stretch=99.0, rest=2, slots=8)
+
+    def step() -> list[int]:
+        planned = s.plan()
+        assert planned is not None
+        for rows in planned.rows:
+            if rows.samples:
+                s.took(rows, 1)
+        return [rows.sequence.ident for rows in planned.rows if not rows.decodes]
+
+    s.add(sequence(0, 3, 50))
+    assert step() == [0]
+    s.add(sequence(1, 3, 50))
+    assert step() == [] == step()
+    s.add(sequence(2, 3, 50))
+    assert step() == [1, 2]
+    s.add(sequence(3, 3, 50))
+    assert step() == []
+    s.add(sequence(4, 8, 50))
+    assert step() == [3, 4], "they fill a step"
+    s.add(sequence(5, 3, 50))
+    for running in list(s.running):
+        s.finish(running)
+    assert step() == [5], "nobody answers"
+    assert [step() for _ in range(4)] == [[]] * 4
+    s.add(sequence(6, 3, 50))
+    assert step() == [6], "the last prompt is long ago"
 
 
 def test_the_trace_reaches_what_it_is_for() -> None:
