@@ -1,9 +1,9 @@
 """The scheduler against a clock that is a model: `moe-nvfp4 bench schedule`. No GPU and no torch.
 
 A decode step takes what one H200 took for Qwen3.6-35B-A3B (benchmarks/results/decode-qwen3.6-35b-h200.json). Prompts
-add what engine/cost.py says, all experts are read, and each row takes its time; and beside answers what the host takes
-longer to launch such a step, from times between tokens of a server. As in the engine's loop a step is planned before
-the tokens of the one before it have arrived.
+add what engine/cost.py says, all experts are read, and each row takes its time; beside answers at least what the host
+takes longer to launch such a step, from times between tokens of a server. As in the engine's loop a step is planned
+before the tokens of the one before it have arrived.
 """
 
 import heapq
@@ -70,8 +70,8 @@ def step_seconds(step: Step) -> float:
     prompts = [part for part in step.rows if not part.continues]
     milliseconds = _decode_ms(len(decodes)) + USUAL.decode_context * sum(part.start for part in decodes)
     if prompts:
-        milliseconds += USUAL.untouched(len(decodes)) + sum(USUAL.prompt(part.start, part.count) for part in prompts)
-        milliseconds += MIXED_MS if decodes else 0
+        more = USUAL.untouched(len(decodes)) + sum(USUAL.prompt(part.start, part.count) for part in prompts)
+        milliseconds += max(more, MIXED_MS) if decodes else more
     return milliseconds / 1e3
 
 

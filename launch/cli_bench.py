@@ -71,8 +71,10 @@ def _add_ep(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", default="1,8,64,256", metavar="N,...", help="of all ranks; default: %(default)s")
     parser.add_argument("--context", type=int, default=128, metavar="N", help="prompt tokens; default: %(default)s")
-    parser.add_argument("--check", action="store_true", help="time only modes that give one rank's tokens")
-    parser.add_argument("--no-symmetric", action="store_true", help="all sums through NCCL, none in symmetric memory")
+    parser.add_argument(
+        "--check", action="store_true", help="time only modes that give one rank's tokens; for real weights"
+    )
+    parser.add_argument("--no-symmetric", action="store_true", help="all exchanges through NCCL, none by inboxes")
     parser.add_argument("--explain", action="store_true", help="what a step exchanges, and its share of the time")
     parser.set_defaults(run=_ep)
 

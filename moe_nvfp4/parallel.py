@@ -45,7 +45,7 @@ class Ranks:
         symmetric: bool = True,
     ) -> "Ranks":
         """All ranks of a process group (default: the whole world) call it. On a GPU its backend is NCCL, on a CPU gloo.
-        `symmetric`: use symmetric memory where it can be had."""
+        `symmetric`: exchange what is small through each other's memory where that can be had."""
         if attention not in get_args(AttentionMode):
             raise RequestError(
                 f"attention: got {attention!r:.40}; expected one of {', '.join(get_args(AttentionMode))}"
