@@ -137,16 +137,17 @@ class GroupEngine:
         if self._verbose:
             print(line, file=sys.stderr, flush=True)
 
-    def _start(self, placement_seconds: float, *, fewer: bool = False) -> Workers:
-        """On as many ranks as asked for or, with `fewer`, on as many as there is room for."""
-        settings = self._settings
-        for size in range(settings.gpus, 0 if fewer else settings.gpus - 1, -1):
+    def _start(self, placement_seconds: float, *, again: bool = False) -> Workers:
+        """On as many ranks as asked for. `again`: answers wait, so on as many as there is room for, and graphs of steps
+        with prompts are captured when they come."""
+        settings, model_settings = self._settings, self._model_settings | ({"warm_up": False} if again else {})
+        for size in range(settings.gpus, 0 if again else settings.gpus - 1, -1):
             if (group := place(settings, size, placement_seconds)) is None:
                 placement_seconds = PLACEMENT_SECONDS_FEWER
                 continue
             if size < settings.gpus:
                 self._report(f"there is room for {size} of {settings.gpus} ranks; going on with them")
-            return Workers(settings, group, self._model, self._model_settings, self._report)
+            return Workers(settings, group, self._model, model_settings, self._report)
         wanted = f"{settings.gpus} ranks of {settings.bundle}, {settings.strategy}"
         raise EngineError(f"no room in this Ray cluster for {wanted}: it has {ray.available_resources()} free")
 
@@ -245,7 +246,7 @@ class GroupEngine:
             if workers is not None:  # a group that never began had no requests
                 self._drop_suspects(failure)
             try:
-                workers = self._start(PLACEMENT_SECONDS_AGAIN, fewer=True)
+                workers = self._start(PLACEMENT_SECONDS_AGAIN, again=True)
             except WorkerFailed as again:
                 workers, failure = None, again
                 continue
