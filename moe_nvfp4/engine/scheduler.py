@@ -27,8 +27,8 @@ from moe_nvfp4.engine.sequence_memory import Memory, SequenceMemory, TableChange
 # 3.0 times the median on the adversarial trace of `bench schedule`, and 5.0 uncut.
 STRETCH: Final = 2.25
 # Steps of answers alone after one with prompts. Beside answers a prompt costs some 11 ms however short it is, so those
-# that come meanwhile share a step. Simulated, 256 places: 48 chats a second get 9,850 tok/s without rest, 10,970 with it,
-# and 99 of 100 their first token within 1.4 s, not 5.2; at 24 a second it is 94 ms, not 63.
+# that come meanwhile share a step. Simulated, 256 places: 48 chats a second get 9,850 tok/s without rest and 10,970
+# with it, and 99 of 100 their first token within 1.4 s, not 5.2; at 24 a second it is 94 ms, not 63.
 REST: Final = 4
 
 
