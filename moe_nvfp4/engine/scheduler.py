@@ -15,7 +15,6 @@ does not push out those who run already, and an endless stream of it starves wha
 import heapq
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Final
 
 from moe_nvfp4.engine import chunks
@@ -26,9 +25,9 @@ from moe_nvfp4.engine.sequence_memory import Memory, SequenceMemory, TableChange
 # How much longer a step of answers may take for the prompts beside it. With 2.25 the 99th percentile between tokens is
 # 3.0 times the median on the adversarial trace of `bench schedule`, and 5.0 uncut.
 STRETCH: Final = 2.25
-# Steps of answers alone after one with prompts. Beside answers a prompt costs some 11 ms however short it is, so those
-# that come meanwhile share a step. Simulated, 256 places: 48 chats a second get 9,850 tok/s without rest and 10,970
-# with it, and 99 of 100 their first token within 1.4 s, not 5.2; at 24 a second it is 94 ms, not 63.
+# Steps after one with prompts in which none begins beside answers. There a prompt costs some 11 ms however short it is,
+# so those that come meanwhile share a step. Simulated, 256 places: 48 chats a second get 9,850 tok/s without rest and
+# 10,970 with it, and 99 of 100 their first token within 1.4 s, not 5.2; at 24 a second it is 94 ms, not 63.
 REST: Final = 4
 
 
@@ -44,7 +43,7 @@ class Limits:
     max_waiting: int
     cost: StepCost | None = None  # by which prompts beside answers are cut; None: not at all
     stretch: float = STRETCH
-    rest: int = 0  # steps of answers alone after one with prompts, unless enough prompts wait to fill one
+    rest: int = 0  # steps after one with prompts in which none begins, unless enough wait to fill one
     sizes: tuple[int, ...] = ()  # rows up to which a step is filled up; none: it takes as many as it has
     whole_chunks: bool = False  # pieces depend on their sequence alone: see chunks.py
 
@@ -203,7 +202,7 @@ class Scheduler:
         context = sum(sequence.computed for sequence in answering)
         budget = PromptBudget(limits.most_rows - len(answering), limits.cost, limits.sizes, len(answering))
         budget.beside(len(answering), context, limits.stretch)
-        rests = bool(answering) and self._rested < limits.rest and not self._prompts_fill_a_step()
+        rests = bool(answering) and self._rested < limits.rest and not self._prompts_are_due()
         for sequence in tuple(self.running):
             left = sequence.length - sequence.computed
             # A sequence may have given its place up to one before it, or wait for its last token to arrive.
@@ -214,8 +213,6 @@ class Scheduler:
             if chunks.takes_one_row(sequence, limits):
                 if self._grow(sequence, 1):
                     planned.append(self._rows(sequence, 1))
-            elif rests:
-                continue
             elif (count := chunks.next_rows(sequence, budget, limits, self.memory)) and self._grow(sequence, count):
                 planned.append(rows := self._rows(sequence, count))
                 budget.spend(rows.start, rows.count)
@@ -235,12 +232,13 @@ class Scheduler:
                 rows.sequence.answering = True
         return Step(tuple(planned)) if planned else None
 
-    def _prompts_fill_a_step(self) -> bool:
-        """Of those that have a slot or could get one."""
+    def _prompts_are_due(self) -> bool:
+        """Whether one has begun, or those that could begin fill a step."""
+        if not all(sequence.answering for sequence in self.running):
+            return True
         missing = 0 if self.limits.cost is None else self.limits.cost.least_prompt_rows
-        for sequence in chain(self.running, self.waiting[: len(self._free_slots)]):
-            if not sequence.answering:
-                missing -= sequence.length - sequence.computed
+        for sequence in self.waiting[: len(self._free_slots)]:
+            missing -= sequence.length
             if missing <= 0:
                 return True
         return False

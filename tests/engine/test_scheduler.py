@@ -64,6 +64,9 @@ def test_prompts_share_a_step() -> None:
     assert step() == []
     s.add(sequence(4, 8, 50))
     assert step() == [3, 4], "they fill a step"
+    assert step() == []
+    s.add(sequence(7, 20, 50))
+    assert step() == [7] == step(), "one that has begun goes on"
     s.add(sequence(5, 3, 50))
     for running in list(s.running):
         s.finish(running)
