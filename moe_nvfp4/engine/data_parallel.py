@@ -105,10 +105,14 @@ class DataParallelScheduler:
     def plan(self) -> GroupStep | None:
         rows: list[Rows] = []
         ranks: list[int] = []
+        begins = any(scheduler.wants_prompts() for scheduler in self.schedulers)  # those of all ranks share steps
         for rank, scheduler in enumerate(self.schedulers):
-            if (step := scheduler.plan()) is not None:
+            if (step := scheduler.plan(begins)) is not None:
                 rows += step.rows
                 ranks += [rank] * len(step.rows)
+        if not all(part.decodes for part in rows):
+            for scheduler in self.schedulers:
+                scheduler.rested = 0
         return GroupStep(tuple(rows), tuple(ranks)) if rows else None
 
     def took(self, rows: Rows, token: int) -> None:

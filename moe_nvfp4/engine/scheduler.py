@@ -134,7 +134,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # in order
         self.running: list[Sequence] = []  # in order
         self._free_slots = list(range(limits.slots))[::-1]
-        self._rested = limits.rest  # steps since the last one with prompts
+        self.rested = limits.rest  # steps since the last one with prompts, of this rank or of another
         self._lent: dict[int, Memory] = {}
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; those that are done go when they are on top
 
@@ -193,8 +193,9 @@ class Scheduler:
             return []
         return [sequence for deadline, _, sequence in sorted(heap) if deadline <= now and not sequence.done]
 
-    def plan(self) -> Step | None:
-        """The next step, or None when there is nothing to compute now. What it gives is to be launched."""
+    def plan(self, begins: bool | None = None) -> Step | None:
+        """The next step, or None when there is nothing to compute now. What it gives is to be launched. `begins`:
+        whether prompts may begin, if others have a say in it."""
         planned: list[Rows] = []
         # Those that hold a slot and do not answer yet leave at least one row to prompts.
         limits = self.limits
@@ -202,7 +203,7 @@ class Scheduler:
         context = sum(sequence.computed for sequence in answering)
         budget = PromptBudget(limits.most_rows - len(answering), limits.cost, limits.sizes, len(answering))
         budget.beside(len(answering), context, limits.stretch)
-        rests = bool(answering) and self._rested < limits.rest and not self._prompts_are_due()
+        begins = self.wants_prompts() if begins is None else begins
         for sequence in tuple(self.running):
             left = sequence.length - sequence.computed
             # A sequence may have given its place up to one before it, or wait for its last token to arrive.
@@ -216,7 +217,7 @@ class Scheduler:
             elif (count := chunks.next_rows(sequence, budget, limits, self.memory)) and self._grow(sequence, count):
                 planned.append(rows := self._rows(sequence, count))
                 budget.spend(rows.start, rows.count)
-        while not rests and (first := self._admit(budget)) is not None:
+        while begins and (first := self._admit(budget)) is not None:
             restore = self._begin(first)
             count = chunks.first_rows(first, budget, limits, self.memory)
             if not self._grow(first, count):
@@ -225,16 +226,19 @@ class Scheduler:
             planned.append(rows)
             budget.spend(rows.start, rows.count)
         self.memory.publish()
-        self._rested = self._rested + 1 if all(rows.decodes for rows in planned) else 0
+        self.rested = self.rested + 1 if all(rows.decodes for rows in planned) else 0
         for rows in planned:
             if rows.samples:
                 rows.sequence.in_flight += 1
                 rows.sequence.answering = True
         return Step(tuple(planned)) if planned else None
 
-    def _prompts_are_due(self) -> bool:
-        """Whether one has begun, or those that could begin fill a step."""
+    def wants_prompts(self) -> bool:
+        """Whether the next step is one for prompts: one is under way, or some wait and nobody answers, the last ones
+        were long ago, or they fill a step."""
         if not all(sequence.answering for sequence in self.running):
+            return True
+        if self.waiting and (not self.running or self.rested >= self.limits.rest):
             return True
         missing = 0 if self.limits.cost is None else self.limits.cost.least_prompt_rows
         for sequence in self.waiting[: len(self._free_slots)]:

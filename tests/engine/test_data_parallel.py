@@ -3,11 +3,13 @@
 import random
 from collections import deque
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scheduler_model import END, Device
+from scheduler_traces import COST
 
 from moe_nvfp4.engine.data_parallel import DataParallelScheduler, GroupStep
 from moe_nvfp4.engine.invariants import check
@@ -15,10 +17,11 @@ from moe_nvfp4.engine.scheduler import Limits, QueueFull, Scheduler, Sequence, S
 from moe_nvfp4.engine.sequence_memory import PageGroup, SequenceMemory
 
 PAGE = 4
+RESTS = replace(COST, least_prompt_rows=10)  # fewer rows of prompts wait for each other
 
 
 def group(
-    size: int, rank: int = 0, *, pages: int = 24, snapshots: int | None = None, **limits: int
+    size: int, rank: int = 0, *, pages: int = 24, snapshots: int | None = None, **limits: object
 ) -> DataParallelScheduler:
     chosen = Limits(**{"slots": 3, "step_rows": 24, "chunk": 8, "max_waiting": 64} | limits)  # type: ignore[arg-type]
     schedulers = [Scheduler(SequenceMemory([PageGroup(pages)], PAGE, snapshots), chosen) for _ in range(size)]
@@ -41,8 +44,8 @@ def described(step: GroupStep | None) -> list[tuple[int, int, int, int, int, boo
 class Group:
     """The loops of all ranks: each has the whole scheduler, and a device of its own."""
 
-    def __init__(self, size: int, depth: int, **settings: int | None):
-        self.ranks = [group(size, rank, **settings) for rank in range(size)]  # type: ignore[arg-type]
+    def __init__(self, size: int, depth: int, **settings: Any):
+        self.ranks = [group(size, rank, **settings) for rank in range(size)]
         self.devices = [Device(scheduler) for scheduler in self.ranks[0].schedulers]
         for device in self.devices[1:]:
             device.prefixes = self.devices[0].prefixes
@@ -101,9 +104,40 @@ class OneOfMixed(Step):
         return False
 
 
-@given(st.integers(1, 4), st.integers(1, 3), st.integers(8, 40), st.sampled_from([None, 3]), st.integers(0, 2**32))
-def test_random_traces(size: int, depth: int, pages: int, snapshots: int | None, seed: int) -> None:
-    rng, ranks = random.Random(seed), Group(size, depth, pages=pages, snapshots=snapshots)
+def test_prompts_of_all_ranks_share_steps() -> None:
+    ranks = group(2, rest=2, cost=RESTS, slots=8)
+
+    def step() -> list[tuple[int, int]]:
+        planned = ranks.plan()
+        assert planned is not None
+        for rows in planned.rows:
+            if rows.samples:
+                ranks.took(rows, 1)
+        return [(rank, rows.sequence.ident) for rank, rows in zip(planned.ranks, planned.rows, strict=True)
+                if not rows.decodes]  # fmt: skip
+
+    for ident in (0, 1):
+        ranks.add(sequence(ident, 3, 90))
+    assert step() == [(0, 0), (1, 1)]
+    ranks.add(sequence(2, 3, 90))
+    assert step() == []
+    ranks.add(sequence(3, 3, 90))
+    assert step() == []
+    assert step() == [(0, 2), (1, 3)]
+    ranks.add(sequence(4, 12, 90))
+    assert step() == [(0, 4)], "it fills a step"
+    ranks.add(sequence(5, 3, 90))
+    assert step() == [(0, 4), (1, 5)], "beside its second piece"
+    ranks.add(sequence(6, 3, 90))
+    assert [step() for _ in range(3)] == [[], [], [(0, 6)]], "a step with a prompt was one of all ranks"
+
+
+@given(
+    st.integers(1, 4), st.integers(1, 3), st.integers(8, 40), st.sampled_from([None, 3]), st.integers(0, 3),
+    st.integers(0, 2**32),
+)  # fmt: skip
+def test_random_traces(size: int, depth: int, pages: int, snapshots: int | None, rest: int, seed: int) -> None:
+    rng, ranks = random.Random(seed), Group(size, depth, pages=pages, snapshots=snapshots, rest=rest, cost=RESTS)
     prompts = {}
     for ident in range(20):
         start = [rng.randrange(3)] * rng.choice([0, 4, 9])
