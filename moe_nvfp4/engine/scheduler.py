@@ -23,7 +23,7 @@ from moe_nvfp4.engine.cost import PromptBudget, StepCost
 from moe_nvfp4.engine.sequence_memory import Memory, SequenceMemory, TableChange
 
 # How much longer a step of answers may take for the prompts beside it. With 2.25 the 99th percentile between tokens is
-# 3.0 times the median on the adversarial trace of `bench schedule`, and 5.0 uncut.
+# 3.0 times the median on the adversarial trace of `bench schedule`, and 5.2 uncut.
 STRETCH: Final = 2.25
 # Steps after one with prompts in which none begins beside answers. There a prompt costs some 11 ms however short it is,
 # so those that come meanwhile share a step. Simulated, 256 places: 48 chats a second get 9,850 tok/s without rest and
