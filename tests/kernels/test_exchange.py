@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from interpreted import INTERPRETED, run_interpreted
-from torch import multiprocessing
+from peers import from_peers
 
 from moe_nvfp4.kernels.exchange import Inboxes, gather_from_peers, scatter_sum_over_peers, sum_over_peers, takes
 
@@ -41,8 +41,8 @@ def expected(rank: int, call: int, repeat: int, size: int) -> torch.Tensor:
     return total if CALLS[call][0] is sum_over_peers else total.chunk(size)[rank]
 
 
-def _rank(rank: int, memory: torch.Tensor, results: Any) -> None:
-    inboxes = Inboxes.at([part.data_ptr() for part in memory], rank, CAPACITY, torch.device("cpu"))
+def _rank(inboxes: Inboxes, results: Any) -> None:
+    rank = inboxes.rank
     for repeat in range(3):  # each half is used again
         for call, (function, *_) in enumerate(CALLS):
             found = function(given(rank, call, repeat, SIZE), inboxes)
@@ -56,20 +56,9 @@ def test_kernel_in_the_interpreter() -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 def test_interpreted() -> None:
-    torch.set_num_threads(1)
-    memory = torch.zeros(SIZE, Inboxes.nbytes(SIZE, CAPACITY) // 8, dtype=torch.int64).share_memory_()
-    context = multiprocessing.get_context("fork")  # which keeps the addresses
-    results = context.SimpleQueue()
-    processes = [context.Process(target=_rank, args=(rank, memory, results), daemon=True) for rank in range(SIZE)]
-    for process in processes:
-        process.start()
-    for _ in range(SIZE * 3 * len(CALLS)):
-        rank, call, repeat, found = results.get()
+    for rank, call, repeat, found in from_peers(_rank, SIZE, CAPACITY, SIZE * 3 * len(CALLS)):
         wanted, near = expected(rank, call, repeat, SIZE).double(), 2**-7 * (CALLS[call][3] == torch.bfloat16)
         assert torch.allclose(torch.from_numpy(found), wanted, rtol=near, atol=0)  # bfloat16 is cut there, not rounded
-    for process in processes:
-        process.join(10)
-        assert process.exitcode == 0
 
 
 def test_what_is_taken() -> None:
