@@ -98,13 +98,11 @@ class Ranks:
         if self.collectives is None:
             return [value[None] for value in values]
         lines, mine = (self.size, self.rank) if self.splits_rows else (1, 0)
-        count = len(values[0])
-        width = -(-count // 4) * 4  # lines of 16 bytes
-        whole = torch.zeros(len(values), lines, width, dtype=torch.float32, device=values[0].device)
+        whole = torch.zeros(len(values), lines, len(values[0]), dtype=torch.float32, device=values[0].device)
         if self.splits_rows or self.rank == 0:
             for line, value in zip(whole, values, strict=True):
-                line[mine, :count].copy_(value)
-        whole = self.collectives.all_reduce(whole)[:, :, :count]
+                line[mine].copy_(value)
+        whole = self.collectives.all_reduce(whole)
         return [line.to(value.dtype) for line, value in zip(whole, values, strict=True)]
 
     def gather(self, rows: torch.Tensor, size: int) -> torch.Tensor:
