@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moe_nvfp4.preparation import Preparation
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GroupStep(Step):
     """Rows of all ranks; slots, pages and snapshots are those of the row's rank."""
 
@@ -110,10 +110,11 @@ class DataParallelScheduler:
             if (step := scheduler.plan(begins)) is not None:
                 rows += step.rows
                 ranks += [rank] * len(step.rows)
-        if not all(part.decodes for part in rows):
+        step = GroupStep(tuple(rows), tuple(ranks))
+        if not step.decodes_only:
             for scheduler in self.schedulers:
                 scheduler.rested = 0
-        return GroupStep(tuple(rows), tuple(ranks)) if rows else None
+        return step if rows else None
 
     def took(self, rows: Rows, token: int) -> None:
         # Of an answer that is over nothing is known any more.

@@ -15,6 +15,7 @@ does not push out those who run already, and an endless stream of it starves wha
 import heapq
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final
 
 from moe_nvfp4.engine import chunks
@@ -115,11 +116,11 @@ class Rows:
         return self.continues or self.recomputes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     rows: tuple[Rows, ...]  # in the order of priority and arrival
 
-    @property
+    @cached_property
     def decodes_only(self) -> bool:
         return all(rows.decodes for rows in self.rows)
 
@@ -226,12 +227,13 @@ class Scheduler:
             planned.append(rows)
             budget.spend(rows.start, rows.count)
         self.memory.publish()
-        self.rested = self.rested + 1 if all(rows.decodes for rows in planned) else 0
+        step = Step(tuple(planned))
+        self.rested = self.rested + 1 if step.decodes_only else 0
         for rows in planned:
             if rows.samples:
                 rows.sequence.in_flight += 1
                 rows.sequence.answering = True
-        return Step(tuple(planned)) if planned else None
+        return step if planned else None
 
     def wants_prompts(self) -> bool:
         """Whether the next step is one for prompts: one is under way, or some wait and nobody answers, the last ones
