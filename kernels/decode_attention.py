@@ -27,6 +27,7 @@ from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases
 
 LOG2E: Final = 1.4426950408889634
 _MAX_SPLITS: Final = 128
+_GRAPH_SEQUENCES: Final = 16  # as for so many, where there may be few among many, and long ones
 _INVARIANT_SEQUENCES: Final = 4  # as for so many, where splits must not depend on how many there are
 _SUM_BLOCKS: Final = ((8, 256), (32, 64), (_MAX_SPLITS, 32))  # splits, columns of a program
 
@@ -77,7 +78,9 @@ def decode_attention(
     tile = decode_tile(head, kv.is_fp8, architecture)
     width = kv.table.shape[1]
     positions = min(width * kv.page, window + tile.positions - 1) if window else width * kv.page
-    sharing = _INVARIANT_SEQUENCES if kv.batch_invariant else batch
+    sharing = min(batch, _GRAPH_SEQUENCES) if rows.in_graph else batch
+    if kv.batch_invariant:
+        sharing = _INVARIANT_SEQUENCES
     splits = num_splits(sharing, kv_heads, positions, tile.positions, multiprocessors)
     sums_BNSD = q_TND.new_empty(batch, heads, splits, head, dtype=torch.float32) if splits > 1 else out_TND
     tops_BN2S = q_TND.new_empty(batch, heads, 2, splits, dtype=torch.float32) if splits > 1 else out_TND
@@ -195,7 +198,7 @@ def sum_splits(
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     line = b * N + head
     _, first_tile, end_tile, share = share_of(tl.load(lengths_ptr + b), S, BT, WINDOW)
-    splits = tl.cdiv(end_tile - first_tile, share)
+    splits = tl.cdiv(end_tile - first_tile, tl.maximum(share, 1))  # none of a sequence without a row
     gate = tl.zeros((BD,), tl.float32)
     if GATED:
         # Older than the launch before this one, which has waited for it.

@@ -19,7 +19,7 @@ exact as float16 at half the speed.
 Eight prompts of 2048 rows on an H200, 16 and 32 heads of 128, µs: convolution 190, inverses 199, scan 211, norm 100.
 An earlier scan that held all columns of a head and normalised took 340 instead of the last two.
 
-Letters: L rows of a chunk; places of chunks as in delta_conv.py.
+Letters: L rows of a chunk; places of chunks as in rows.chunk_places.
 """
 
 from dataclasses import replace
@@ -31,10 +31,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_nvfp4.kernels.compiling import CompileCase
-from moe_nvfp4.kernels.delta_conv import CHUNK, delta_conv, silu
+from moe_nvfp4.kernels.delta_conv import delta_conv, silu
 from moe_nvfp4.kernels.delta_state import PERIOD, DeltaState
-from moe_nvfp4.kernels.rows import Rows
-from moe_nvfp4.kernels.sizes import cdiv
+from moe_nvfp4.kernels.rows import CHUNK, Rows
 from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases
 
 if TYPE_CHECKING:
@@ -51,16 +50,17 @@ def delta_chunks(
     Scratch is, a row, 2 HK DK + HV (DV + 132) numbers of two bytes: 25 KB at 16 and 32 heads of 128.
     """
     heads, mixed_TC, sequences = state.heads, inputs.mixed_TC, rows.slots.numel()
-    described, chunks_of_longest = (rows.slots, rows.starts, rows.lengths), cdiv(rows.longest, CHUNK)
+    described = rows.slots, rows.starts, rows.lengths
     options = launch_options(out_TV)
     chunks = delta_conv(mixed_TC, weights.conv, state, rows)
     half, single = chunks.q.new_empty, chunks.units.new_empty
-    squares = (chunks.q.shape[0], heads.HV, CHUNK, CHUNK)
+    places = rows.chunks.numel()
+    squares = (places, heads.HV, CHUNK, CHUNK)
     solve, attend, grown, fading = half(squares), half(squares), single(squares[:3]), single(squares[:3])
-    invert_chunks[(heads.HV, chunks_of_longest, sequences)](
-        inputs.b_TH, inputs.a_TH, weights.decay, weights.step, rows.starts, chunks.q, chunks.k, solve, attend, grown,
-        fading, inputs.b_TH.stride(0), inputs.a_TH.stride(0), HK=heads.HK, HV=heads.HV, DK=heads.DK, L=CHUNK,
-        num_warps=4, **options,
+    invert_chunks[(heads.HV, places)](
+        inputs.b_TH, inputs.a_TH, weights.decay, weights.step, rows.starts, rows.chunks, chunks.q, chunks.k, solve,
+        attend, grown, fading, inputs.b_TH.stride(0), inputs.a_TH.stride(0), HK=heads.HK, HV=heads.HV, DK=heads.DK,
+        L=CHUNK, num_warps=4, **options,
     )  # fmt: skip
     scales = single(sequences, heads.HV)
     columns = min(heads.DV, _COLUMNS)
@@ -69,29 +69,31 @@ def delta_chunks(
         **heads._asdict(), K=state.conv.shape[1], N=state.period, L=CHUNK, BV=columns,
         num_warps=max(1, columns // 16), num_stages=2, **options,
     )  # fmt: skip
-    norm_chunks[(heads.HV, chunks_of_longest, sequences)](
-        chunks.v, scales, inputs.z_TV, weights.norm, state.written, *described, out_TV, inputs.z_TV.stride(0), eps,
-        HV=heads.HV, DV=heads.DV, L=CHUNK, ASM=out_TV.is_cuda, num_warps=max(1, heads.DV // 32), **options,
+    norm_chunks[(heads.HV, places)](
+        chunks.v, scales, inputs.z_TV, weights.norm, state.written, *described, rows.chunks, out_TV,
+        inputs.z_TV.stride(0), eps, HV=heads.HV, DV=heads.DV, L=CHUNK, ASM=out_TV.is_cuda,
+        num_warps=max(1, heads.DV // 32), **options,
     )  # fmt: skip
 
 
 @triton.jit
 def invert_chunks(
-    b_ptr, a_ptr, decay_ptr, step_ptr, starts_ptr, q_ptr, k_ptr, solve_ptr, attend_ptr, grown_ptr, fading_ptr,
-    stride_b, stride_a,
+    b_ptr, a_ptr, decay_ptr, step_ptr, starts_ptr, chunks_ptr, q_ptr, k_ptr, solve_ptr, attend_ptr, grown_ptr,
+    fading_ptr, stride_b, stride_a,
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(0)
-    first = tl.program_id(1) * L
-    sequence = tl.program_id(2)
+    place = tl.program_id(1)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    sequence = tl.load(chunks_ptr + place)
+    if sequence < 0:
+        return
     start = tl.load(starts_ptr + sequence)
     rows = tl.load(starts_ptr + sequence + 1) - start
-    if first >= rows:
-        return
-    place = (start // L + sequence + tl.program_id(1)).to(tl.int64)
+    first = (place - start // L - sequence) * L
+    place = place.to(tl.int64)
     i = tl.arange(0, L)
     dk = tl.arange(0, DK)
     live = first + i < rows
@@ -232,22 +234,24 @@ def _keep(mixed_ptr, ring_ptr, channel, rows, before, stride, C: tl.constexpr, K
 
 @triton.jit
 def norm_chunks(
-    o_ptr, scales_ptr, z_ptr, norm_ptr, written_ptr, slots_ptr, starts_ptr, lengths_ptr, out_ptr, stride_z, eps,
+    o_ptr, scales_ptr, z_ptr, norm_ptr, written_ptr, slots_ptr, starts_ptr, lengths_ptr, chunks_ptr, out_ptr, stride_z,
+    eps,
     HV: tl.constexpr, DV: tl.constexpr, L: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(0)
-    first = tl.program_id(1) * L
-    sequence = tl.program_id(2)
+    place = tl.program_id(1)
     dv = tl.arange(0, DV)
     norm = tl.load(norm_ptr + dv).to(tl.float32)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    sequence = tl.load(chunks_ptr + place)
+    if sequence < 0:
+        return
     start = tl.load(starts_ptr + sequence)
     rows = tl.load(starts_ptr + sequence + 1) - start
-    if first >= rows:
-        return
-    place = (start // L + sequence + tl.program_id(1)).to(tl.int64)
+    first = (place - start // L - sequence) * L
+    place = place.to(tl.int64)
     i = tl.arange(0, L)
     live = (first + i < rows)[:, None]
     token = (start + first + i).to(tl.int64)[:, None]
@@ -270,12 +274,12 @@ def compile_cases() -> list[CompileCase]:
     halves = dict.fromkeys(("q_ptr", "k_ptr", "solve_ptr", "attend_ptr"), "*fp16")
     halves |= dict.fromkeys(("grown_ptr", "fading_ptr"), "*fp32")
     invert = dict.fromkeys(("b_ptr", "a_ptr"), "*bf16") | dict.fromkeys(("decay_ptr", "step_ptr"), "*fp32") | halves
-    invert |= {"starts_ptr": "*i32", "stride_b": "i32", "stride_a": "i32"}
+    invert |= {"starts_ptr": "*i32", "chunks_ptr": "*i32", "stride_b": "i32", "stride_a": "i32"}
     scan = dict.fromkeys(("mixed_ptr", "ring_ptr"), "*bf16") | halves | {"v_ptr": "*fp16", "stride_mixed": "i32"}
     scan |= dict.fromkeys(("written_ptr", "slots_ptr", "starts_ptr", "lengths_ptr", "lines_ptr"), "*i32")
     scan |= dict.fromkeys(("state_ptr", "entries_ptr", "fades_ptr", "units_ptr", "scales_ptr"), "*fp32")
     norm = dict.fromkeys(("z_ptr", "norm_ptr", "out_ptr"), "*bf16") | {"o_ptr": "*fp16", "scales_ptr": "*fp32"}
-    norm |= dict.fromkeys(("written_ptr", "slots_ptr", "starts_ptr", "lengths_ptr"), "*i32")
+    norm |= dict.fromkeys(("written_ptr", "slots_ptr", "starts_ptr", "lengths_ptr", "chunks_ptr"), "*i32")
     norm |= {"stride_z": "i32", "eps": "fp32"}
     sizes = {"HK": 16, "HV": 32, "DK": 128, "L": CHUNK}
     cases = pdl_cases("invert_chunks", invert_chunks, invert, {"num_warps": 4}, **sizes)

@@ -5,11 +5,11 @@
 in float16. Rows of q and k have length 1; v is divided by a unit for each chunk and head, so that no size of v leaves
 float16's range. Inputs before the step's first row come from the ring, whose cell p % K holds that of position p.
 
-Letters: L rows of a chunk, N places for chunks: sequence b has those from starts[b] // L + b on, which never overlap.
+Letters: L rows of a chunk, N places for chunks (rows.chunk_places).
 """
 
 from dataclasses import replace
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,11 +19,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_nvfp4.kernels.compiling import CompileCase
 from moe_nvfp4.kernels.delta_state import DeltaState
-from moe_nvfp4.kernels.rows import Rows
-from moe_nvfp4.kernels.sizes import cdiv
+from moe_nvfp4.kernels.rows import CHUNK, Rows
 from moe_nvfp4.kernels.sort_pairs import launch_options, pdl_cases
-
-CHUNK: Final = 64
 
 
 class Chunks(NamedTuple):
@@ -37,8 +34,7 @@ class Chunks(NamedTuple):
 
 def delta_conv(mixed_TC: Tensor, conv_CK: Tensor, state: DeltaState, rows: Rows) -> Chunks:
     """Of all sequences of `rows`. Reads the ring, does not write it."""
-    heads, sequences = state.heads, rows.slots.numel()
-    places = mixed_TC.shape[0] // CHUNK + sequences
+    heads, places = state.heads, rows.chunks.numel()
     half = mixed_TC.new_empty
     chunks = Chunks(
         half(places, heads.HK, CHUNK, heads.DK, dtype=torch.float16),
@@ -46,8 +42,8 @@ def delta_conv(mixed_TC: Tensor, conv_CK: Tensor, state: DeltaState, rows: Rows)
         half(places, heads.HV, CHUNK, heads.DV, dtype=torch.float16),
         half(places, heads.HV, dtype=torch.float32),
     )
-    convolve[(2 * heads.HK + heads.HV, cdiv(rows.longest, CHUNK), sequences)](
-        mixed_TC, conv_CK, state.conv, rows.slots, rows.starts, rows.lengths, *chunks,
+    convolve[(2 * heads.HK + heads.HV, places)](
+        mixed_TC, conv_CK, state.conv, rows.slots, rows.starts, rows.lengths, rows.chunks, *chunks,
         mixed_TC.stride(0),
         **heads._asdict(), K=state.conv.shape[1], L=CHUNK, ASM=mixed_TC.is_cuda,
         num_warps=max(1, max(heads.DK, heads.DV) // 32), **launch_options(mixed_TC),
@@ -57,24 +53,25 @@ def delta_conv(mixed_TC: Tensor, conv_CK: Tensor, state: DeltaState, rows: Rows)
 
 @triton.jit
 def convolve(
-    mixed_ptr, conv_ptr, ring_ptr, slots_ptr, starts_ptr, lengths_ptr, q_ptr, k_ptr, v_ptr, units_ptr,
+    mixed_ptr, conv_ptr, ring_ptr, slots_ptr, starts_ptr, lengths_ptr, chunks_ptr, q_ptr, k_ptr, v_ptr, units_ptr,
     stride_mixed,
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
     ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
-    first = tl.program_id(1) * L
-    sequence = tl.program_id(2)
+    place = tl.program_id(1)
     C: tl.constexpr = 2 * HK * DK + HV * DV
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    sequence = tl.load(chunks_ptr + place)
+    if sequence < 0:
+        return
     start = tl.load(starts_ptr + sequence)
     rows = tl.load(starts_ptr + sequence + 1) - start
-    if first >= rows:
-        return
+    first = (place - start // L - sequence) * L
     before = tl.load(lengths_ptr + sequence) - rows
-    place = (start // L + sequence + tl.program_id(1)).to(tl.int64)
+    place = place.to(tl.int64)
     mixed_ptr += start.to(tl.int64) * stride_mixed
     ring_ptr += tl.load(slots_ptr + sequence).to(tl.int64) * (K * C)
     source = (mixed_ptr, conv_ptr, ring_ptr, first, rows, before, stride_mixed)
@@ -162,7 +159,7 @@ def silu(x, ASM: tl.constexpr):
 
 def compile_cases() -> list[CompileCase]:
     signature = dict.fromkeys(("mixed_ptr", "conv_ptr", "ring_ptr"), "*bf16") | {"stride_mixed": "i32"}
-    signature |= dict.fromkeys(("slots_ptr", "starts_ptr", "lengths_ptr"), "*i32")
+    signature |= dict.fromkeys(("slots_ptr", "starts_ptr", "lengths_ptr", "chunks_ptr"), "*i32")
     signature |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*fp16") | {"units_ptr": "*fp32"}
     sizes = {"HK": 16, "HV": 32, "DK": 128, "DV": 128, "K": 4, "L": CHUNK, "ASM": True}
     cases = pdl_cases("convolve", convolve, signature, {"num_warps": 4}, **sizes)

@@ -22,10 +22,9 @@ from torch.nn import functional as F
 from moe_nvfp4.kernels.delta_chunks import delta_chunks
 from moe_nvfp4.kernels.delta_state import DeltaState
 from moe_nvfp4.kernels.delta_step import delta_step
-from moe_nvfp4.kernels.rows import Rows
+from moe_nvfp4.kernels.rows import CHUNK, Rows, chunk_places
 from moe_nvfp4.kernels.sort_pairs import use_twin
 
-_CHUNK = 64
 _NORM_EPSILON = 1e-6  # of the norms of q and k; the checkpoint's own is for the output
 
 
@@ -72,8 +71,9 @@ def delta_net_kernels(inputs: DeltaInputs, weights: DeltaWeights, state: DeltaSt
     assert all(size & (size - 1) == 0 and size >= 16 for size in (heads.DK, heads.DV)), heads
     assert all(x.stride(1) == 1 for x in inputs) and all(x.is_contiguous() for x in (*weights, *state))
     out_TV = mixed_TC.new_empty(mixed_TC.shape[0], heads.HV * heads.DV)
-    if not mixed_TC.is_cuda:
-        rows = rows._replace(decodes=0)  # Gluon has no interpreter
+    if not mixed_TC.is_cuda:  # Gluon has no interpreter
+        chunks = torch.tensor(chunk_places(rows.starts.tolist()), dtype=torch.int32)
+        rows = rows._replace(decodes=0, chunks=chunks)
     if rows.decodes:
         delta_step(inputs, weights, state, rows, out_TV, eps)
     if rows.decodes < rows.slots.numel():
@@ -98,10 +98,10 @@ def delta_net_twin(inputs: DeltaInputs, weights: DeltaWeights, state: DeltaState
         before, mixed_NC = length - count, mixed_TC[begin:end]
         q, k, v = _convolve(mixed_NC, weights.conv.to(dtype), state, slot, before)
         memory = state.memory(slot, before).to(dtype)
-        for first in range(0, count, _CHUNK):
-            if line >= 0 and first + _CHUNK >= count:
+        for first in range(0, count, CHUNK):
+            if line >= 0 and first + CHUNK >= count:
                 _keep(state, line, mixed_NC[:first], before, memory)
-            here = slice(first, min(first + _CHUNK, count))
+            here = slice(first, min(first + CHUNK, count))
             there = slice(begin + here.start, begin + here.stop)
             o_HTV, memory = _chunk(q[:, here], k[:, here], v[:, here], decay_TH[there].T, beta_TH[there].T, memory)
             out_THV[there] = o_HTV.transpose(0, 1)

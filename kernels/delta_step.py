@@ -87,7 +87,12 @@ def step_heads(
     h = gl.program_id(0)
     row = gl.program_id(1).to(gl.int64)
     slot = gl.load(slots_ptr + row).to(gl.int64)
-    position = gl.maximum(gl.load(lengths_ptr + row) - 1, 0)
+    length = gl.load(lengths_ptr + row)
+    if length == 0:
+        if PDL:
+            gdc_wait()  # the launch after this one takes it that all before has ended
+        return
+    position = length - 1
     head = slot * HV + h
     since = (position + h) % N
     pending = gl.where(position > 0, since, 0)

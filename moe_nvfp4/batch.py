@@ -20,6 +20,16 @@ class Piece(NamedTuple):
     line: int = -1
 
 
+def in_order(pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
+    """Which piece comes when, as the kernels want them, those of one row first; and the last row of each piece."""
+    order = sorted(range(len(pieces)), key=lambda index: len(pieces[index].token_ids) != 1)
+    ends, end = [0] * len(pieces), 0
+    for index in order:
+        end += len(pieces[index].token_ids)
+        ends[index] = end - 1
+    return order, ends
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     token_ids: torch.Tensor  # int32 [T]
@@ -36,12 +46,7 @@ class Batch:
         step: StepRows | None = None,
         row_graphs: RowGraphs | None = None,
     ) -> "Batch":
-        """Rows are ordered as the kernels want them: sequences of one row first."""
-        order = sorted(range(len(pieces)), key=lambda index: len(pieces[index].token_ids) != 1)
-        ends, end = [0] * len(pieces), 0
-        for index in order:
-            end += len(pieces[index].token_ids)
-            ends[index] = end - 1
+        order, ends = in_order(pieces)
         ids = [token for index in order for token in pieces[index].token_ids]
         token_ids, last_rows = upload([ids, ends], device)
         ordered = [pieces[index] for index in order]

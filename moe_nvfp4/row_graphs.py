@@ -4,20 +4,22 @@ Launched one by one, the 1,300 kernels of a step of Qwen3.6 with prompts take th
 that machine (an H200) 1,024 rows are computed in 25. Most kernels lie between two mixers and depend on nothing but the
 number of rows. For some numbers of rows they are captured, one graph for each part of the model, and a step takes the
 least number that has room for its rows; those that fill it up are computed too and looked at by nobody. Mixers, which
-depend on the sequences, are launched between the graphs. That leaves the host 16 to 23 ms.
+depend on the sequences, are launched between the graphs. That leaves the host 16 to 23 ms. Small steps lie in one graph
+each, see engine/prompt_buffers.py.
 Without graphs the same parts run with as many rows, launch by launch, so that both ways give the same bits.
 
 Letters: R rows of the graphs, T rows of a step.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from moe_nvfp4.routing.dispatch import StepRows
 
+Captured = TypeVar("Captured")
 Rowwise = Callable[..., tuple[Tensor, list[Tensor]]]
 
 
@@ -44,7 +46,7 @@ class Shared:
     """What the graphs of all numbers of rows share: steps run one after the other."""
 
     def __init__(self, rows: int, device: torch.device, graphs: bool):
-        self.graphs, self._rows = graphs, rows
+        self.device, self.graphs, self._rows = device, graphs, rows
         if graphs:
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         self._inputs: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
@@ -55,6 +57,20 @@ class Shared:
         if key not in self._inputs:
             self._inputs[key] = x.new_zeros(self._rows, *x.shape[1:])
         return self._inputs[key][:rows]
+
+    def capture(self, compute: Callable[[], Captured]) -> tuple[torch.cuda.CUDAGraph, Captured]:
+        """What it gives lies in memory that all graphs share, unless it is kept."""
+        graph = torch.cuda.CUDAGraph()
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            # Not by `torch.cuda.graph`, which empties the allocator's cache: there are hundreds of parts. Another
+            # runner of this process may be at work in its own thread.
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                given = compute()
+            finally:
+                graph.capture_end()
+        return graph, given
 
 
 class RowGraphs:
@@ -96,16 +112,7 @@ class RowGraphs:
     def _capture(self, compute: Rowwise, arguments: Sequence[Tensor]) -> Part:
         inputs = self._filled_up(arguments)
         self._compile(compute, inputs)
-        graph, stream = torch.cuda.CUDAGraph(), self._shared.stream
-        stream.wait_stream(torch.cuda.current_stream(stream.device))
-        with torch.cuda.stream(stream):
-            # Not by `torch.cuda.graph`, which empties the allocator's cache: there are hundreds of parts. Another
-            # runner of this process may be at work in its own thread.
-            graph.capture_begin(pool=self._shared.pool, capture_error_mode="thread_local")
-            try:
-                carried, given = compute(*inputs)
-            finally:
-                graph.capture_end()
+        graph, (carried, given) = self._shared.capture(lambda: compute(*inputs))
         # Parts run in the order in which they were captured. So the next one may take the memory of what only the mixer
         # between reads, and the one after that the memory of the rows carried on.
         self._carried = carried
@@ -125,9 +132,8 @@ class RowGraphs:
 class RowGraphsBySize:
     """Of each number of rows, made when a step first needs them. `lines`: as in StepBuffers.new."""
 
-    def __init__(self, most: int, device: torch.device, *, graphs: bool, lines: int | None):
-        self.sizes, self._shared = row_buckets(most), Shared(most, device, graphs)
-        self._lines, self._device = lines, device
+    def __init__(self, sizes: Sequence[int], shared: Shared, *, lines: int | None):
+        self.sizes, self._shared, self._lines = list(sizes), shared, lines
         self._graphs: dict[int, RowGraphs] = {}
 
     def of(self, rows: int) -> RowGraphs | None:
@@ -136,8 +142,8 @@ class RowGraphsBySize:
         if size is None:
             return None
         if size not in self._graphs:
-            live_G = None if self._lines is None else torch.zeros(self._lines, dtype=torch.int32, device=self._device)
-            self._graphs[size] = RowGraphs(size, self._shared, None if live_G is None else StepRows(size, live_G))
+            step = StepRows.new(size, self._lines, self._shared.device)
+            self._graphs[size] = RowGraphs(size, self._shared, step)
         return self._graphs[size]
 
 

@@ -27,6 +27,11 @@ class StepRows(NamedTuple):
     padded: int  # P
     live_G: torch.Tensor  # int32: the first so many of each rank's rows; the others are padding
 
+    @classmethod
+    def new(cls, padded: int, ranks: int | None, device: torch.device) -> "StepRows | None":
+        """To be filled in. `ranks`: how many bring rows of their own; None: nobody asks which count."""
+        return None if ranks is None else cls(padded, torch.zeros(ranks, dtype=torch.int32, device=device))
+
 
 class Dispatcher(Protocol):
     def dispatch(

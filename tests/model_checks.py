@@ -15,7 +15,7 @@ from moe_nvfp4 import published_tiny
 from moe_nvfp4.batch import Batch, Piece
 from moe_nvfp4.cache import CacheSettings, SequenceCache
 from moe_nvfp4.kernels.nvfp4 import relative_error
-from moe_nvfp4.row_graphs import RowGraphs, RowGraphsBySize
+from moe_nvfp4.row_graphs import RowGraphs, RowGraphsBySize, Shared, row_buckets
 from moe_nvfp4.runner import MoERunner
 from moe_nvfp4.sampling import SamplingParams
 from moe_nvfp4.synthesize import synthesize
@@ -181,7 +181,7 @@ def check_rows_that_fill_up(folder: Path, device: str) -> None:
     """Steps whose rows are filled up to a bucket: the same hidden states, whatever the rows are that fill up."""
     on_gpu = device == "cuda"
     with runner_of(folder, device=device, dtype="bfloat16" if on_gpu else "float32") as runner:
-        by_size = RowGraphsBySize(96, runner.device, graphs=on_gpu, lines=None)
+        by_size = RowGraphsBySize(row_buckets(96), Shared(96, runner.device, on_gpu), lines=None)
         limit = 2e-2 if on_gpu else 1e-5
         runner.engine.call(partial(_check_filled_steps, runner, by_size, limit))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_nvfp4.cache import PAGE, AttentionSpec, CacheSettings, CacheSpec, DeltaSpec, SequenceCache
-from moe_nvfp4.kernels.delta_conv import CHUNK
+from moe_nvfp4.kernels.rows import CHUNK
 
 SPEC = CacheSpec(
     (AttentionSpec((1, 3), kv_heads=2, head_dim=16), AttentionSpec((0, 2), kv_heads=1, head_dim=32, window=100)),

@@ -7,14 +7,16 @@ import torch
 from model_checks import runner_of, tiny_model
 
 from moe_nvfp4 import SamplingParams, expert_loads
-from moe_nvfp4.row_graphs import RowGraphsBySize, row_buckets
+from moe_nvfp4.row_graphs import RowGraphsBySize, Shared, row_buckets
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("most", [1, 32, 33, 100, 512, 4096, 4608])
 def test_no_step_is_filled_up_by_much(most: int) -> None:
     sizes = row_buckets(most)
     assert sizes == sorted(set(sizes)) and sizes[-1] == max(most, 32) and len(sizes) <= 25
-    by_size = RowGraphsBySize(most, torch.device("cpu"), graphs=False, lines=None)
+    by_size = RowGraphsBySize(sizes, Shared(most, CPU, False), lines=None)
     for rows in range(1, most + 1):
         graphs = by_size.of(rows)
         assert graphs is not None and graphs.rows in sizes and rows <= graphs.rows
@@ -25,7 +27,7 @@ def test_no_step_is_filled_up_by_much(most: int) -> None:
 
 def test_parts_take_their_rows_from_each_other() -> None:
     """Rows carried on stay as many as the graphs have; what is given is cut to the step's."""
-    graphs = RowGraphsBySize(64, torch.device("cpu"), graphs=False, lines=None).of(40)
+    graphs = RowGraphsBySize([32, 64], Shared(64, CPU, False), lines=None).of(40)
     assert graphs is not None and not graphs.captures and graphs.step is None
     seen = []
 
@@ -45,7 +47,7 @@ def test_parts_take_their_rows_from_each_other() -> None:
 
 
 def test_steps_of_ranks_say_which_rows_count() -> None:
-    graphs = RowGraphsBySize(64, torch.device("cpu"), graphs=False, lines=2).of(5)
+    graphs = RowGraphsBySize([32, 64], Shared(64, CPU, False), lines=2).of(5)
     assert graphs is not None and graphs.step is not None
     assert graphs.step.padded == 32 and graphs.step.live_G.tolist() == [0, 0]
 

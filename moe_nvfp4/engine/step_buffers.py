@@ -55,9 +55,9 @@ class StepBuffers:
         none = torch.full_like(slot, -1)
         return cls(
             flat,
-            Rows(position, slot, slot, every, length, none, decodes=rows, longest=1),
+            Rows(position, slot, slot, every, length, none, none[:0], decodes=rows, longest=1),
             SamplingRows(temperature, top_k, top_p, min_p, uniform),
-            None if lines is None else StepRows(rows, torch.zeros(lines, dtype=torch.int32, device=device)),
+            StepRows.new(rows, lines, device),
         )
 
     def fill(self, rows: Sequence[DecodeRow], spare_slot: int) -> None:

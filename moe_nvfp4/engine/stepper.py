@@ -11,6 +11,7 @@ sequences of its own, every rank brings as many rows, padding included, and lear
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from moe_nvfp4.cache import SequenceCache
 from moe_nvfp4.determinism import Determinism
 from moe_nvfp4.engine.compile_ahead import compile_ahead
 from moe_nvfp4.engine.penalties import Penalties
+from moe_nvfp4.engine.prompt_buffers import MOST_ROWS, PromptBuffers, PromptBuffersBySize
 from moe_nvfp4.engine.step_buffers import DecodeRow, StepBuffers
 from moe_nvfp4.grammar import TokenMasks
 from moe_nvfp4.kernels.rows import upload
@@ -29,7 +31,7 @@ from moe_nvfp4.kernels.sample import Logprobs, Sampled, SamplingRows, logprobs, 
 from moe_nvfp4.models import Model
 from moe_nvfp4.parallel import ALONE, Ranks
 from moe_nvfp4.routing.dispatch import StepRows
-from moe_nvfp4.row_graphs import RowGraphs, RowGraphsBySize
+from moe_nvfp4.row_graphs import RowGraphsBySize, Shared, row_buckets
 from moe_nvfp4.sampling import Sampler, SamplingParams, sampling_rows
 
 
@@ -89,7 +91,12 @@ class Stepper:
         self.last_tokens = torch.zeros(cache.slots + 1, dtype=torch.int32, device=device)
         self._buffers: dict[int, StepBuffers] = {}
         lines = self._lines if self._tells_rows else None
-        self.row_graphs = RowGraphsBySize(fill_rows, device, graphs=graphs, lines=lines) if fill_rows else None
+        sizes, shared = row_buckets(fill_rows), Shared(fill_rows, device, graphs)
+        # Ranks fill their rows up alike, which numbers of prompts could undo.
+        small = [] if ranks.size > 1 else [size for size in sizes if size <= MOST_ROWS]
+        self._prompt_buffers = PromptBuffersBySize(small, cache, shared, lines=lines)
+        self._row_graphs = RowGraphsBySize(sizes[len(small) :], shared, lines=lines)
+        self.sizes = sizes  # to which steps with prompts are filled up
         if graphs:
             self._capture_all(verbose)
 
@@ -150,12 +157,13 @@ class Stepper:
         if not pieces:  # other ranks have some
             pieces, samplers = [Piece(self.cache.spare_slot, 0, (0,))], [None]
         known = [p if p.token_ids else p._replace(token_ids=(0,)) for p in pieces]
-        batch = self._batch(known, whole)
+        batch, buffers = self._batch(known, whole)
         continued = [index for index, piece in enumerate(pieces) if not piece.token_ids]
         if continued:
             places, slots = upload([continued, [pieces[index].slot for index in continued]], self.device)
             batch.token_ids.index_copy_(0, batch.last_rows[places].long(), self.last_tokens[slots])
-        logits = self.determinism.alike(self.model.logits(self.model.forward(batch, self.cache)[batch.last_rows]))
+        hidden = self.model.forward(batch, self.cache) if buffers is None else buffers.forward(self.model)
+        logits = self.determinism.alike(self.model.logits(hidden[batch.last_rows]))
         wanted, targets = sampling_rows(samplers, self.device), [piece.slot for piece in pieces]
         params = [SamplingParams() if sampler is None else sampler.params for sampler in samplers]
         if masks is not None or any(one.changes_logits for one in params):
@@ -169,19 +177,24 @@ class Stepper:
             self.last_tokens.index_copy_(0, lines.long(), sampled.token_ids[self._line][places])
         return self._results(sampled, logits, top_logprobs, count, whole)
 
-    def _batch(self, pieces: Sequence[Piece], whole: WholeStep | None) -> Batch:
+    def _batch(self, pieces: Sequence[Piece], whole: WholeStep | None) -> tuple[Batch, PromptBuffers | None]:
         alike = (sum(len(piece.token_ids) for piece in pieces),) * self._lines
         rows = alike if whole is None else whole.tokens  # of each rank
-        graphs = None if self.row_graphs is None else self.row_graphs.of(max(rows))
-        step = self._step_rows(rows, graphs) if self._tells_rows else None
-        return Batch.of(pieces, self.device, step, graphs)
+        buffers = self._prompt_buffers.of(pieces)
+        if buffers is not None:
+            if buffers.step is not None:
+                self._step_rows(rows, buffers.step)
+            return buffers.fill(pieces), buffers
+        graphs = self._row_graphs.of(max(rows))
+        step = self._step_rows(rows, None if graphs is None else graphs.step) if self._tells_rows else None
+        return Batch.of(pieces, self.device, step, graphs), None
 
-    def _step_rows(self, rows: Sequence[int], graphs: RowGraphs | None) -> StepRows:
+    def _step_rows(self, rows: Sequence[int], step: StepRows | None) -> StepRows:
         (live_G,) = upload([rows], self.device)
-        if graphs is None or graphs.step is None:
+        if step is None:
             return StepRows(max(rows), live_G)
-        graphs.step.live_G.copy_(live_G)
-        return graphs.step
+        step.live_G.copy_(live_G)
+        return step
 
     def _share(self, sampled: Sampled, size: int) -> Sampled:
         """[lines, size] of what all ranks go on with."""
@@ -245,8 +258,12 @@ class Stepper:
     def _bucket(self, rows: int) -> int:
         return next((size for size in self.buckets if size >= rows), rows)
 
-    def compile(self, batches: Sequence[Batch], rows_at_once: int) -> None:
-        """What steps of these rows will launch, where it can be done ahead; see compile_ahead."""
+    def compile_mixed(self, steps: Sequence[Sequence[Piece]], rows_at_once: int) -> None:
+        """What steps of these pieces will launch."""
+        self._compile([replace(self._batch(pieces, None)[0], row_graphs=None) for pieces in steps], rows_at_once)
+
+    def _compile(self, batches: Sequence[Batch], rows_at_once: int) -> None:
+        """Where it can be done ahead; see compile_ahead."""
         if self.device.type == "cuda" and self.ranks.size == 1:  # what ranks exchange must have one order
             compile_ahead(self.model, self.cache, self.device, batches, rows_at_once)
 
@@ -256,7 +273,7 @@ class Stepper:
         for size in reversed(self.buckets):
             self._buffers[size] = self._new_buffers(size)
             self._buffers[size].fill([], self.cache.spare_slot)
-        self.compile([self._decode_batch(buffers) for buffers in self._buffers.values()], 2 * self.buckets[-1])
+        self._compile([self._decode_batch(buffers) for buffers in self._buffers.values()], 2 * self.buckets[-1])
         for size, buffers in self._buffers.items():  # the largest first: the others fit in its memory
             stream = torch.cuda.Stream(self.device)
             stream.wait_stream(torch.cuda.current_stream(self.device))

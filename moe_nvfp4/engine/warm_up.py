@@ -1,24 +1,24 @@
 """Steps of prompts of every size, once, so that no request has to wait until what serves its size is there.
 
-Which kernels serve a step depends on its number of rows, and each number has graphs (see row_graphs.py); the decode
-graphs have compiled those of decode steps. Everything goes to the cache's spare slot.
+Which kernels serve a step depends on its number of rows, and each number has graphs (see row_graphs.py and
+prompt_buffers.py); the decode graphs have compiled those of decode steps. Everything goes to the cache's spare slot.
 """
 
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
-from moe_nvfp4.batch import Batch, Piece
+from moe_nvfp4.batch import Piece
 from moe_nvfp4.cache import SequenceCache
 from moe_nvfp4.engine.stepper import Stepper, WholeStep
-from moe_nvfp4.row_graphs import RowGraphsBySize
 from moe_nvfp4.sampling import Sampler, SamplingParams
 
 
 def warm_up(stepper: Stepper, step_rows: int, verbose: bool) -> None:
-    began, sizes = time.perf_counter(), step_sizes(stepper.row_graphs, step_rows)
-    stepper.compile([Batch.of(spare_pieces(stepper.cache, rows), stepper.device) for rows in sizes], step_rows)
+    began, sizes = time.perf_counter(), step_sizes(stepper.sizes, step_rows)
+    stepper.compile_mixed([spare_pieces(stepper.cache, rows) for rows in sizes], step_rows)
     for rows in sizes:
         _step(stepper, rows, SamplingParams())
         if verbose:
@@ -30,13 +30,11 @@ def warm_up(stepper: Stepper, step_rows: int, verbose: bool) -> None:
         print(f"\rsteps with prompts of up to {step_rows} rows: {time.perf_counter() - began:.1f} s", file=sys.stderr)
 
 
-def step_sizes(graphs: RowGraphsBySize | None, most: int) -> list[int]:
+def step_sizes(sizes: Sequence[int], most: int) -> list[int]:
     """Largest first: the memory it takes serves the others. Those with graphs, or each range that a kernel's table of
     choices tells apart: powers of two and what lies between them."""
-    if graphs is not None:
-        return graphs.sizes[::-1]
-    sizes = {2**n for n in range(1, 20)} | {3 * 2**n for n in range(1, 20)}
-    return sorted({size for size in sizes if size < most} | {most}, reverse=True)
+    every = sizes or {2**n for n in range(1, 20)} | {3 * 2**n for n in range(1, 20)}
+    return sorted({size for size in every if size < most} | {most}, reverse=True)
 
 
 def spare_pieces(cache: SequenceCache, rows: int) -> list[Piece]:

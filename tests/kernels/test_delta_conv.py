@@ -6,10 +6,10 @@ from delta_cases import PREFILLS, SMALL, TAPS, Layer, layer
 from interpreted import INTERPRETED, run_interpreted
 from torch.nn import functional as F
 
-from moe_nvfp4.kernels.delta_conv import CHUNK, delta_conv
+from moe_nvfp4.kernels.delta_conv import delta_conv
 from moe_nvfp4.kernels.delta_state import Heads
 from moe_nvfp4.kernels.nvfp4 import relative_error
-from moe_nvfp4.kernels.rows import Rows
+from moe_nvfp4.kernels.rows import CHUNK, Rows
 
 
 def reference(case: Layer, row: int, piece: tuple[int, int, int]) -> torch.Tensor:
