@@ -59,7 +59,7 @@ def bench_ep(settings: Settings, ranks: int, modes: Sequence[str], report: Repor
 def _check(settings: Settings, ranks: int, modes: Sequence[str]) -> None:
     if settings.device not in ("cpu", "cuda"):
         raise RequestError(f"--device: got {settings.device!r:.40}; expected cpu, or cuda, where rank N takes GPU N")
-    known = get_args(AttentionMode)
+    known = [mode for mode in get_args(AttentionMode) if mode != "auto"]
     if not modes or len(set(modes)) < len(modes) or not all(mode in known for mode in modes):
         raise RequestError(f"--attention: got {','.join(modes)!r:.80}; expected some of {','.join(known)}")
     if ranks < 2:

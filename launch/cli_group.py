@@ -11,7 +11,7 @@ from moe_nvfp4.errors import RequestError
 if TYPE_CHECKING:
     from moe_nvfp4.frontend import Frontend
 
-ATTENTION_MODES = ("replicated", "tensor", "data")
+ATTENTION_MODES = ("auto", "replicated", "tensor", "data")
 START_SECONDS = 1800.0  # the longest that ranks may differ in loading
 STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
@@ -24,8 +24,9 @@ def add_group_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--attention",
         choices=ATTENTION_MODES,
-        default="replicated",
-        help="how attention is shared out; default: %(default)s",
+        default="auto",
+        help="how attention is shared out; auto: tensor where heads divide evenly, else replicated; "
+        "default: %(default)s",
     )
     group.add_argument(
         "--strategy", choices=STRATEGIES, default="PACK", help="how Ray places ranks on nodes; default: %(default)s"

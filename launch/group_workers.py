@@ -30,7 +30,7 @@ class GroupSettings:
 
     gpus: int
     device: Literal["cuda", "cpu"] = "cuda"
-    attention: AttentionMode = "replicated"
+    attention: AttentionMode = "auto"
     strategy: Strategy = "PACK"
     hang_seconds: float = 20.0
     placement_seconds: float = 60.0

@@ -3,13 +3,14 @@
     replicated  every rank has all rows and the whole dense part; experts are sharded
     tensor      attention and delta-net heads are sharded too; every rank has all rows
     data        every rank has sequences of its own: their attention, states, logits and tokens; experts see all rows
+    auto        tensor where heads can be shared out evenly, else replicated; decided when a model is prepared
 
 Every rank makes the same steps in the same order. Ranks that share rows take the tokens of rank 0, so that a sum
 rounded otherwise could never set them apart.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -21,7 +22,7 @@ from moe_nvfp4.routing.dispatch import AllReduceDispatcher, Dispatcher, GatherDi
 from moe_nvfp4.routing.placement import Placement
 from moe_nvfp4.routing.tables import PlacementTables
 
-AttentionMode = Literal["replicated", "tensor", "data"]
+AttentionMode = Literal["auto", "replicated", "tensor", "data"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Ranks:
         group: dist.ProcessGroup | None = None,
         *,
         device: torch.device | str,
-        attention: AttentionMode = "replicated",
+        attention: AttentionMode = "auto",
         symmetric: bool = True,
     ) -> "Ranks":
         """All ranks of a process group (default: the whole world) call it. On a GPU its backend is NCCL, on a CPU gloo.
@@ -67,6 +68,9 @@ class Ranks:
     @property
     def splits_heads(self) -> bool:
         return self.attention == "tensor" and self.size > 1
+
+    def with_attention(self, attention: AttentionMode) -> "Ranks":
+        return replace(self, attention=attention)
 
     def sequences(self, total: int) -> int:
         """Of so many at once, those of one rank."""

@@ -67,9 +67,7 @@ class Preparation:
             found.require_complete(str(checkpoint.folder))
             self.found = found.with_shared_experts(config.shared_experts())
             self._cuts: dict[str, Cut] = {}
-            if self.ranks.splits_heads:
-                self.config = config.sharded(self.ranks.size)
-                self._cuts = cuts(self.found.dense, config.cache_spec, self.ranks.size, self.ranks.rank)
+            self._share_heads_out(config)
             self.fast = self._has_kernels()
             self.determinism = determinism_of(settings.deterministic, self.fast, self.ranks.size)
             self.cuda_graphs, self.warm_up = settings.cuda_graphs and self.fast, settings.warm_up and self.fast
@@ -99,6 +97,20 @@ class Preparation:
         except BaseException:
             checkpoint.close()
             raise
+
+    def _share_heads_out(self, config: ModelConfig) -> None:
+        ranks = self.ranks
+        if ranks.attention not in ("auto", "tensor") or ranks.size == 1:
+            return
+        try:
+            sharded = config.sharded(ranks.size)
+            kept = cuts(self.found.dense, config.cache_spec, ranks.size, ranks.rank)
+        except RequestError:
+            if ranks.attention == "tensor":
+                raise
+            self.ranks = ranks.with_attention("replicated")
+        else:
+            self.ranks, self.config, self._cuts = ranks.with_attention("tensor"), sharded, kept
 
     def _has_kernels(self) -> bool:
         """Where experts' sizes fit no kernel (none published), torch serves, which a graph cannot hold."""

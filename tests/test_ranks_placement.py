@@ -2,6 +2,7 @@
 requests are served. What cannot be is refused, with one clear error at every rank."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ def test_what_is_refused(pool: RankPool, folders: dict) -> None:
         assert first == second
         return first
 
-    assert "attention: got 'split'; expected one of replicated, tensor, data" in refused("split")
+    assert "attention: got 'split'; expected one of auto, replicated, tensor, data" in refused("split")
     assert "spare_experts: got -1" in refused("data", spare_experts=-1)
     four = Placement.even(range(4), 9, 4)
     assert "over 4 ranks; this checkpoint and group need 9 experts" in refused("replicated", placement=four)
@@ -134,3 +135,15 @@ def test_ranks_that_do_not_fit_the_model(folders: dict, size: int, attention: At
     """Before anything is loaded, so one rank alone can tell."""
     with pytest.raises(RequestError, match=message):
         prepare(folders["qwen3.6"], Ranks(0, size, attention, torch.device("cpu"), None, None))
+
+
+@pytest.mark.parametrize(
+    ("key", "size", "mode"), [("qwen3.6", 2, "tensor"), ("gemma", 4, "tensor"), ("qwen3.6", 3, "replicated")]
+)
+def test_heads_are_shared_out_where_they_can_be(folders: dict, size: int, key: str, mode: str) -> None:
+    for rank in range(size):
+        ranks = Ranks(rank, size, "auto", torch.device("cpu"), None, None)
+        with closing(prepare(folders[key], ranks)) as prepared:
+            assert prepared.ranks == ranks.with_attention(mode)
+            with closing(prepare(folders[key], prepared.ranks)) as said:
+                assert said.plan.dense == prepared.plan.dense and said.config == prepared.config
