@@ -13,7 +13,7 @@ from moe_nvfp4.cache import CacheSettings
 from moe_nvfp4.checkpoint import Checkpoint
 from moe_nvfp4.dense_weights import load_dense, read_dense_scales
 from moe_nvfp4.determinism import CHUNK, Determinism, determinism_of
-from moe_nvfp4.engine.penalties import BYTES_PER_TOKEN
+from moe_nvfp4.engine.penalties import BYTES_PER_TOKEN, ROWS_AT_ONCE, WORKSPACE_PER_TOKEN
 from moe_nvfp4.errors import CheckpointError, RequestError
 from moe_nvfp4.expert_buffers import ExpertBuffers, num_experts
 from moe_nvfp4.grammar import Grammars
@@ -147,8 +147,9 @@ class Preparation:
         rows, slots = max(self.step_rows, self.cache_settings.slots), self.cache_settings.slots
         if self.ranks.splits_rows:
             rows *= self.ranks.size
-        logits = 3 * slots * config.vocab_size * 4  # as the model gives them, in float32, and while sampling
+        logits = 2 * slots * config.vocab_size * 4  # as the model gives them, and to be changed
         penalties = (slots + 1) * config.vocab_size * BYTES_PER_TOKEN
+        penalties += min(slots, ROWS_AT_ONCE) * config.vocab_size * WORKSPACE_PER_TOKEN
         scratch = config.workspace_bytes(rows, self.dtype.itemsize)
         if self.fill_rows:  # row graphs have memory of their own
             scratch *= 2

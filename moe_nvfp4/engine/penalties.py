@@ -9,13 +9,17 @@ this do not come here.
 """
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 
 from moe_nvfp4.kernels.rows import upload
 from moe_nvfp4.sampling import SamplingParams
 
-BYTES_PER_TOKEN = 3  # of a vocabulary and slot
+BYTES_PER_TOKEN: Final = 3  # of a vocabulary and slot
+# Rows changed at a time, and what that takes for each: a vocabulary of 250,000 would want 1.3 GB for 256 rows at once.
+ROWS_AT_ONCE: Final = 32
+WORKSPACE_PER_TOKEN: Final = 5 * 4
 
 
 class Penalties:
@@ -36,14 +40,20 @@ class Penalties:
         self._prompt[slot].index_fill_(0, prompt_ids, True)
         self._answer[slot].index_add_(0, answer_ids, torch.ones_like(answer_ids, dtype=torch.int16))
 
-    def apply(self, logits_RV: torch.Tensor, slots: Sequence[int], params: Sequence[SamplingParams]) -> torch.Tensor:
-        """float32 logits of the rows that ask for it."""
+    def apply(
+        self, logits_RV: torch.Tensor, rows: torch.Tensor, slots: Sequence[int], params: Sequence[SamplingParams]
+    ) -> None:
+        """Changes float32 logits in place: of `rows`, which ask for it, and whose slots and requests these are."""
+        for first in range(0, len(slots), ROWS_AT_ONCE):
+            some = slice(first, first + ROWS_AT_ONCE)
+            logits_RV.index_copy_(0, rows[some], self._changed(logits_RV[rows[some]], slots[some], params[some]))
+
+    def _changed(self, logits_RV: torch.Tensor, slots: Sequence[int], params: Sequence[SamplingParams]) -> torch.Tensor:
         assert self._prompt is not None and self._answer is not None
         columns = [[one.repetition_penalty, one.frequency_penalty, one.presence_penalty] for one in params]
         repetition, frequency, presence = torch.tensor(columns).to(self._device).T[:, :, None]
         (lines,) = upload([slots], self._device)
         counts, said = self._answer[lines], self._prompt[lines] | (self._answer[lines] > 0)
-        logits_RV = logits_RV.float()
         repeated = torch.where(logits_RV > 0, logits_RV / repetition, logits_RV * repetition)
         logits_RV = torch.where(said, repeated, logits_RV) - frequency * counts - presence * (counts > 0)
         for row, one in enumerate(params):

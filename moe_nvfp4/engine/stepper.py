@@ -231,7 +231,7 @@ class Stepper:
         (rows,) = (part.long() for part in upload([changed], self.device))
         logits = logits.to(torch.float32, copy=True)
         if changed:
-            logits.index_copy_(0, rows, self.penalties.apply(logits[rows], theirs, [params[i] for i in changed]))
+            self.penalties.apply(logits, rows, theirs, [params[index] for index in changed])
         if masks is not None:
             masks.exclude(logits)
         sampled = sample(logits, wanted)

@@ -26,6 +26,8 @@ def warm_up(stepper: Stepper, step_rows: int, verbose: bool) -> None:
             print(f"\rsteps with prompts: {rows:>5} rows {seconds:6.1f} s", end="", file=sys.stderr, flush=True)
     for params in (SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_k=20, top_p=0.9)):
         _step(stepper, 16, params)
+    if stepper.device.type == "cuda":
+        torch.cuda.empty_cache()  # of what ran beside the captures
     if verbose:
         print(f"\rsteps with prompts of up to {step_rows} rows: {time.perf_counter() - began:.1f} s", file=sys.stderr)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from model_checks import runner_of, tiny_model
 
-from moe_nvfp4.engine.penalties import Penalties
+from moe_nvfp4.engine.penalties import ROWS_AT_ONCE, Penalties
 from moe_nvfp4.errors import RequestError
 from moe_nvfp4.runner import MoERunner
 from moe_nvfp4.sampling import SamplingParams
@@ -63,11 +63,26 @@ def test_a_slot_begins_anew(runner: MoERunner) -> None:
 
 def test_of_a_row_that_lost_its_slot_the_answer_counts_on() -> None:
     penalties, params = Penalties(2, torch.device("cpu")), SamplingParams(frequency_penalty=1.0, presence_penalty=0.5)
-    logits = torch.zeros(1, 6)
+    logits = torch.zeros(2, 6)
     penalties.begin(1, [0, 1], [2, 2, 3], 6)
     penalties.count([1], torch.tensor([3], dtype=torch.int32))
-    changed = penalties.apply(logits, [1], [params])
-    assert torch.equal(changed, by_definition(logits[0], [0, 1], [2, 2, 3, 3], params)[None].float())
+    penalties.apply(logits, torch.tensor([1]), [1], [params])
+    assert torch.equal(logits[1], by_definition(torch.zeros(6), [0, 1], [2, 2, 3, 3], params).float())
+    assert not logits[0].any()
+
+
+def test_many_rows_are_changed_as_one_is() -> None:
+    """A few at a time, here the odd ones of more than twice as many."""
+    count = 2 * ROWS_AT_ONCE + 3
+    penalties, logits = Penalties(count, torch.device("cpu")), torch.randn(2 * count, 50)
+    rows = torch.arange(count) * 2 + 1
+    params = [SamplingParams(repetition_penalty=1.1, logit_bias={slot % 50: 3.0}) for slot in range(count)]
+    expected = logits.clone()
+    for slot, one in enumerate(params):
+        penalties.begin(slot, [slot % 50, 7], [slot % 9], 50)
+        expected[rows[slot]] = by_definition(logits[rows[slot]], [slot % 50, 7], [slot % 9], one).float()
+    penalties.apply(logits, rows, range(count), params)
+    torch.testing.assert_close(logits, expected)
 
 
 def test_bad_values_are_refused(runner: MoERunner) -> None:
