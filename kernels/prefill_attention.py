@@ -16,8 +16,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from moe_nvfp4.kernels.compiling import ARCHITECTURES, CompileCase
 from moe_nvfp4.kernels.decode_attention import LOG2E, device_of
 from moe_nvfp4.kernels.paged_kv import PagedKV, operand, page_of, place_of
-from moe_nvfp4.kernels.rows import Rows
-from moe_nvfp4.kernels.sizes import cdiv, next_power_of_2
+from moe_nvfp4.kernels.rows import CHUNK, Rows
+from moe_nvfp4.kernels.sizes import next_power_of_2
 from moe_nvfp4.kernels.sort_pairs import launch_options
 
 
@@ -48,12 +48,12 @@ def prefill_attention(
     tile = prefill_tile(head, device_of(q_TND.get_device())[0])
     gate = q_TND if gate_TND is None else gate_TND
     shape = tile_shape(tile, heads // kv_heads)
-    grid = (cdiv(rows.longest, shape["BQ"]) * tile.parts, kv_heads, rows.slots.numel() - rows.decodes)
-    prefill_rows[grid](
-        q_TND, kv.keys, kv.values, kv.table, rows.slots, rows.starts, rows.lengths, gate, out_TND, rows.decodes,
+    prefill_rows[(rows.chunks.numel() * (CHUNK // shape["BQ"]) * tile.parts, kv_heads)](
+        q_TND, kv.keys, kv.values, kv.table, rows.slots, rows.starts, rows.lengths, rows.chunks, gate, out_TND,
+        rows.decodes,
         scale * kv.k_scale * LOG2E, kv.v_scale, q_TND.stride(0), q_TND.stride(1), gate.stride(0), gate.stride(1),
         kv.table.shape[1], G=kv_heads, PAGE=kv.page, D=head, DV=head // tile.parts, WINDOW=window,
-        GATED=gate_TND is not None,
+        GATED=gate_TND is not None, L=CHUNK,
         OPERAND=tl.bfloat16 if q_TND.is_cuda else tl.float32,  # Triton's interpreter has no bfloat16 dot
         num_warps=tile.warps, num_stages=tile.stages, **shape, **launch_options(q_TND),
     )  # fmt: skip
@@ -61,29 +61,34 @@ def prefill_attention(
 
 def tile_shape(tile: Tile, each: int) -> dict[str, int]:
     padded = next_power_of_2(each)
-    return {"M": each, "MP": padded, "BQ": max(1, tile.rows // padded), "BT": tile.positions}
+    return {"M": each, "MP": padded, "BQ": min(CHUNK, max(1, tile.rows // padded)), "BT": tile.positions}
 
 
 @triton.jit(do_not_specialize=["decodes"])
 def prefill_rows(
-    q_ptr, k_ptr, v_ptr, table_ptr, slots_ptr, starts_ptr, lengths_ptr, gate_ptr, out_ptr, decodes,
+    q_ptr, k_ptr, v_ptr, table_ptr, slots_ptr, starts_ptr, lengths_ptr, chunks_ptr, gate_ptr, out_ptr, decodes,
     scale, v_scale, q_row, q_head, gate_row, gate_head, width,
     G: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, WINDOW: tl.constexpr, GATED: tl.constexpr,
-    OPERAND: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BQ: tl.constexpr, BT: tl.constexpr, PDL: tl.constexpr,
+    OPERAND: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BQ: tl.constexpr, BT: tl.constexpr, L: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The last tiles of a sequence, which have most to do, come first."""
-    group, b = tl.program_id(1), decodes + tl.program_id(2)
+    group = tl.program_id(1)
     PARTS: tl.constexpr = D // DV
     part = tl.program_id(0) % PARTS
+    at_tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // PARTS
+    place = at_tile // (L // BQ)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    sequence = tl.load(chunks_ptr + place)
+    b = decodes + tl.maximum(sequence, 0)
     first_row = tl.load(starts_ptr + b)
     num_rows = tl.load(starts_ptr + b + 1) - first_row
     length = tl.load(lengths_ptr + b)
     row_ptr = table_ptr + tl.load(slots_ptr + b).to(tl.int64) * width
-    tile = tl.cdiv(num_rows, BQ) - 1 - tl.program_id(0) // PARTS
-    if tile >= 0:
+    tile = at_tile - (first_row // L + sequence) * (L // BQ)
+    if (sequence >= 0) & (tile * BQ < num_rows):
         r = tl.arange(0, BQ * MP)
         d = tl.arange(0, D)
         dv = part * DV + tl.arange(0, DV)
@@ -137,7 +142,7 @@ def prefill_rows(
 
 def compile_cases() -> list[CompileCase]:
     signature = dict.fromkeys(("q_ptr", "gate_ptr", "out_ptr"), "*bf16")
-    signature |= dict.fromkeys(("table_ptr", "slots_ptr", "starts_ptr", "lengths_ptr"), "*i32")
+    signature |= dict.fromkeys(("table_ptr", "slots_ptr", "starts_ptr", "lengths_ptr", "chunks_ptr"), "*i32")
     signature |= dict.fromkeys(("decodes", "q_row", "q_head", "gate_row", "gate_head", "width"), "i32")
     signature |= {"scale": "fp32", "v_scale": "fp32"}
     cases = []
@@ -156,7 +161,7 @@ def compile_cases() -> list[CompileCase]:
                         signature={**signature, "k_ptr": f"*{kind}", "v_ptr": f"*{kind}"},
                         constexprs={
                             "G": groups, "PAGE": page, "D": head, "DV": head // tile.parts,
-                            "WINDOW": window, "GATED": gated, "OPERAND": tl.bfloat16, "PDL": pdl,
+                            "WINDOW": window, "GATED": gated, "OPERAND": tl.bfloat16, "L": CHUNK, "PDL": pdl,
                             **tile_shape(tile, each),
                         },
                         divisible=("q_row", "q_head", "gate_row", "gate_head"),

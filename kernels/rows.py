@@ -2,8 +2,8 @@
 
 A step computes T rows of B sequences. The rows of sequence b are starts[b] to starts[b + 1], and they are its last
 positions. Sequences with one row come first, so that decoding and prefill are each one launch. Every sequence has a
-slot: its line in a page table, its place among recurrent states. Slots of padding rows are spare ones. Recurrent
-layers take a sequence's rows 64 at a time, and can leave the states before the last of these chunks in a line as well.
+slot: its line in a page table, its place among recurrent states. Slots of padding rows are spare ones. Prompts are
+taken 64 rows at a time; recurrent layers can leave the states before the last of these chunks in a line as well.
 
 A CUDA graph serves steps of other sequences than it was captured with. So what it launches depends on the room there is
 for sequences of either kind: those that a step lacks have no rows, and the length 0.
@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK: Final = 64  # rows of a recurrent layer's chunk
+CHUNK: Final = 64  # rows
 
 
 class Rows(NamedTuple):
@@ -29,7 +29,6 @@ class Rows(NamedTuple):
     lines: Tensor  # int32 [B], for the states before each sequence's last chunk; -1: none, as for 64 rows or fewer
     chunks: Tensor  # int32 [places], whose each chunk of the sequences of many rows is: see chunk_places
     decodes: int  # the first so many sequences have one row, or none
-    longest: int  # most rows of one sequence
     in_graph: bool = False  # sizes say what there is room for, not what there is
 
     @classmethod
@@ -43,13 +42,13 @@ class Rows(NamedTuple):
         counts = [count for _, _, count in pieces]
         decodes = next((index for index, count in enumerate(counts) if count != 1), len(counts))
         assert 1 not in counts[decodes:], f"sequences of one row come first, got {counts}"
-        return cls.over(upload(row_lists(pieces, decodes, lines), device), decodes, max(counts, default=0))
+        return cls.over(upload(row_lists(pieces, decodes, lines), device), decodes)
 
     @classmethod
-    def over(cls, tensors: Sequence[Tensor], decodes: int, longest: int, *, in_graph: bool = False) -> "Rows":
+    def over(cls, tensors: Sequence[Tensor], decodes: int, *, in_graph: bool = False) -> "Rows":
         """Of what `row_lists` gives."""
         positions, row_slots, slots, starts, lengths, lines, chunks = tensors
-        return cls(positions, row_slots, slots, starts, lengths, lines, chunks, decodes, longest, in_graph)
+        return cls(positions, row_slots, slots, starts, lengths, lines, chunks, decodes, in_graph)
 
     def prefills(self) -> "Rows":
         """The sequences after the decoding ones; their `starts` still count rows of the whole step."""

@@ -82,7 +82,8 @@ class Shares(NamedTuple):
         if len(self.counts) == 1:
             return None
         places = tuple((rank, index) for rank, count in enumerate(self.counts) for index in range(count))
-        return WholeStep(self.counts, tuple(tokens * count for count in self.counts), places, False)
+        prompts = self.counts if tokens > 1 else (0,) * len(self.counts)
+        return WholeStep(self.counts, tuple(tokens * count for count in self.counts), prompts, places, False)
 
 
 def bench_decode(

@@ -8,7 +8,6 @@ import torch
 
 from moe_nvfp4.kernels.rows import Rows, upload
 from moe_nvfp4.routing.dispatch import StepRows
-from moe_nvfp4.row_graphs import RowGraphs, Rowwise
 
 
 class Piece(NamedTuple):
@@ -36,7 +35,6 @@ class Batch:
     rows: Rows
     last_rows: torch.Tensor  # int32 [B]: the row of each piece that predicts its next token, in the pieces' order
     step: StepRows | None = None  # where ranks work together or rows are counted
-    row_graphs: RowGraphs | None = None
 
     @classmethod
     def of(
@@ -44,23 +42,10 @@ class Batch:
         pieces: Sequence[Piece],
         device: torch.device,
         step: StepRows | None = None,
-        row_graphs: RowGraphs | None = None,
     ) -> "Batch":
         order, ends = in_order(pieces)
         ids = [token for index in order for token in pieces[index].token_ids]
         token_ids, last_rows = upload([ids, ends], device)
         ordered = [pieces[index] for index in order]
         rows = Rows.of([(p.slot, p.start, len(p.token_ids)) for p in ordered], device, [p.line for p in ordered])
-        return cls(token_ids, rows, last_rows, step, row_graphs)
-
-    def each_row(
-        self, part: int, compute: Rowwise, carried: torch.Tensor, *brought: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """`compute(carried, *brought)`, in which no row depends on another; from a CUDA graph where the step has some.
-
-        A model's parts have numbers of their own and run in the order of them. Of the two results the first is for the
-        next part alone, which is handed it as `carried`; the others last until that part runs.
-        """
-        if self.row_graphs is None:
-            return compute(carried, *brought)
-        return self.row_graphs.run(part, compute, carried, *brought)
+        return cls(token_ids, rows, last_rows, step)

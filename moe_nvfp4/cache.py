@@ -149,6 +149,11 @@ class SequenceCache:
             part[:, target].copy_(part[:, source])
 
     @property
+    def most_rows(self) -> int:
+        """Of one sequence in a step."""
+        return min(self.settings.chunk, self.settings.max_seq_len)
+
+    @property
     def nbytes(self) -> int:
         pages = sum(kv.keys.nbytes + kv.values.nbytes for kv in self.kv.values())
         return pages + sum(part.nbytes for part in self._all_states or ())

@@ -14,6 +14,7 @@ from moe_nvfp4.checkpoint import Checkpoint
 from moe_nvfp4.dense_weights import load_dense, read_dense_scales
 from moe_nvfp4.determinism import CHUNK, Determinism, determinism_of
 from moe_nvfp4.engine.penalties import BYTES_PER_TOKEN, ROWS_AT_ONCE, WORKSPACE_PER_TOKEN
+from moe_nvfp4.engine.prompt_buffers import row_buckets
 from moe_nvfp4.errors import CheckpointError, RequestError
 from moe_nvfp4.expert_buffers import ExpertBuffers, num_experts
 from moe_nvfp4.grammar import Grammars
@@ -25,7 +26,6 @@ from moe_nvfp4.models import Model, ModelConfig, Parts, build_model, model_confi
 from moe_nvfp4.parallel import ALONE, Ranks
 from moe_nvfp4.prompts import PromptEncoder
 from moe_nvfp4.routing.placement import Placement
-from moe_nvfp4.row_graphs import row_buckets
 from moe_nvfp4.settings import RunnerSettings
 from moe_nvfp4.sharding import Cut, cuts, shard
 from moe_nvfp4.survey import Survey, survey_checkpoint
@@ -151,7 +151,7 @@ class Preparation:
         penalties = (slots + 1) * config.vocab_size * BYTES_PER_TOKEN
         penalties += min(slots, ROWS_AT_ONCE) * config.vocab_size * WORKSPACE_PER_TOKEN
         scratch = config.workspace_bytes(rows, self.dtype.itemsize)
-        if self.fill_rows:  # row graphs have memory of their own
+        if self.fill_rows:  # graphs have memory of their own, and what they are captured of runs beside them first
             scratch *= 2
         if self.cuda_graphs:
             scratch += (len(self.buckets) + len(row_buckets(self.fill_rows))) * GRAPH_BYTES

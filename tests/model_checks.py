@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,7 +14,6 @@ from moe_nvfp4 import published_tiny
 from moe_nvfp4.batch import Batch, Piece
 from moe_nvfp4.cache import CacheSettings, SequenceCache
 from moe_nvfp4.kernels.nvfp4 import relative_error
-from moe_nvfp4.row_graphs import RowGraphs, RowGraphsBySize, Shared, row_buckets
 from moe_nvfp4.runner import MoERunner
 from moe_nvfp4.sampling import SamplingParams
 from moe_nvfp4.synthesize import synthesize
@@ -175,33 +173,3 @@ def check_graph_equals_eager(folder: Path) -> None:
             assert runner.stepper.has_graphs == cuda_graphs
             answers.append([result.token_ids for result in runner.generate(prompts, params)])
     assert answers[0] == answers[1]
-
-
-def check_rows_that_fill_up(folder: Path, device: str) -> None:
-    """Steps whose rows are filled up to a bucket: the same hidden states, whatever the rows are that fill up."""
-    on_gpu = device == "cuda"
-    with runner_of(folder, device=device, dtype="bfloat16" if on_gpu else "float32") as runner:
-        by_size = RowGraphsBySize(row_buckets(96), Shared(96, runner.device, on_gpu), lines=None)
-        limit = 2e-2 if on_gpu else 1e-5
-        runner.engine.call(partial(_check_filled_steps, runner, by_size, limit))
-
-
-def _check_filled_steps(runner: MoERunner, by_size: RowGraphsBySize, limit: float) -> None:
-    cache = SequenceCache(runner.config.cache_spec, cache_settings(runner, slots=2), runner.device)
-
-    def hidden(pieces: list[Piece], graphs: RowGraphs | None) -> torch.Tensor:
-        return runner.model.forward(Batch.of(pieces, runner.device, None, graphs), cache).clone()
-
-    for lengths in ((20, 1), (64, 0), (33, 30), (40, 50)):
-        pieces = [Piece(s, 0, token_ids(runner, n, n)) for s, n in enumerate(lengths) if n]
-        others = [Piece(s, 0, token_ids(runner, n, n + 1)) for s, n in enumerate(lengths) if n]
-        longest = [Piece(0, 0, token_ids(runner, 96, 7))]  # leaves its rows where the others fill up
-        graphs = by_size.of(sum(lengths))
-        assert graphs is not None and graphs.rows - sum(lengths) < 32
-        alone, first = hidden(pieces, None), hidden(pieces, graphs)
-        assert alone.shape == first.shape and relative_error(first, alone) < limit
-        hidden(longest, by_size.of(96))
-        changed, again = hidden(others, graphs), hidden(pieces, graphs)
-        # On a CPU the matrix library rounds by the number of rows of an expert.
-        assert torch.equal(again, first) if graphs.captures else relative_error(again, first) < 1e-6
-        assert relative_error(changed, first) > 0.1

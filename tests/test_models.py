@@ -51,15 +51,6 @@ def test_sequences_of_a_batch_do_not_touch_each_other(plain: Path) -> None:
     checks.check_rows_apart(plain)
 
 
-def test_rows_that_fill_a_step_up_change_nothing(plain: Path) -> None:
-    checks.check_rows_that_fill_up(plain, "cpu")
-
-
-@pytest.mark.gpu
-def test_row_graphs_on_a_gpu(shaped: Path) -> None:
-    checks.check_rows_that_fill_up(shaped, "cuda")
-
-
 def test_bfloat16_stays_close_to_float32(smooth: Path) -> None:
     checks.check_bfloat16(smooth, "cpu")
 

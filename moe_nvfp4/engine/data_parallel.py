@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from moe_nvfp4.cache import PAGE
 from moe_nvfp4.determinism import Determinism
 from moe_nvfp4.engine.cost import USUAL
+from moe_nvfp4.engine.prompt_buffers import row_buckets
 from moe_nvfp4.engine.scheduler import REST, Limits, QueueFull, Rows, Scheduler, Sequence, Step
 from moe_nvfp4.engine.sequence_memory import Memory, PageGroup, SequenceMemory
-from moe_nvfp4.row_graphs import row_buckets
 
 if TYPE_CHECKING:
     from moe_nvfp4.preparation import Preparation

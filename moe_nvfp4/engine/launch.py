@@ -98,12 +98,13 @@ def _line(rows: Rows, first_snapshot: int) -> int:
 
 
 def _whole(step: GroupStep, pairs: Sequence[tuple[Rows, Answer]], size: int) -> WholeStep:
-    sequences, tokens, places = [0] * size, [0] * size, []
+    sequences, tokens, prompts, places = [0] * size, [0] * size, [0] * size, []
     for rows, rank in zip(step.rows, step.ranks, strict=True):
         places.append((rank, sequences[rank]))
         sequences[rank] += 1
         tokens[rank] += rows.count
+        prompts[rank] += rows.count > 1
     changed = any(
         answer.params.changes_logits or (rows.samples and answer.matcher is not None) for rows, answer in pairs
     )
-    return WholeStep(tuple(sequences), tuple(tokens), tuple(places), changed)
+    return WholeStep(tuple(sequences), tuple(tokens), tuple(prompts), tuple(places), changed)

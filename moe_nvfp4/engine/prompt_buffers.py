@@ -1,15 +1,17 @@
-"""Whole steps with prompts from CUDA graphs, for some numbers of rows.
+"""Steps with prompts as CUDA graphs, one for each of some numbers of rows.
 
-Even with what lies between mixers in graphs (row_graphs.py), the mixers of a step of Qwen3.6 take the host 10 to 16 ms
-to launch, more than an H200 needs to compute a few hundred rows. So small steps lie in one graph each, mixers included.
-It has room for so many answers and so many prompts, each of any length; sequences that a step lacks have no rows. Rows
-that fill it up are a prompt too, in the cache's spare slot, so that every row is one that was computed.
-Without graphs the same launches follow each other, so that both ways give the same bits.
+Launched one by one, the 900 kernels of such a step of Qwen3.6 take the host 62 ms, however few the rows; on that
+machine, an H200, 256 rows are computed in 12 and 4,096 in 58. A graph serves steps of any sequences: it has room for
+so many answers and so many prompts, each of any length, and sequences that a step lacks have no rows. Rows that fill it
+up are a prompt too, in the cache's spare slot, so that every row is one that was computed. Without graphs the same
+launches follow each other, so that both ways give the same bits.
+
+In a group all ranks take a graph of as many rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,22 +21,60 @@ from moe_nvfp4.cache import SequenceCache
 from moe_nvfp4.kernels.rows import Rows, pack, row_lists, upload
 from moe_nvfp4.models import Model
 from moe_nvfp4.routing.dispatch import StepRows
-from moe_nvfp4.row_graphs import Shared, alias
 
-MOST_ROWS: Final = 1024  # from there on the GPU takes longer than the host, whose launches it hides
+Captured = TypeVar("Captured")
+
+
+def row_buckets(most: int) -> list[int]:
+    """Numbers of rows that get graphs: 32 apart up to 256, and then so close that at most a fifth of them fill up."""
+    if most < 1:
+        return []
+    sizes, step = [32], 32
+    while sizes[-1] < most:
+        if sizes[-1] >= 8 * step:
+            step *= 2
+        sizes.append(min(sizes[-1] + step, most))
+    return sizes
+
+
+def most_prompts(rows: int) -> int:
+    """That a step has room for. What one lacks in prompts it costs in programs that leave at once."""
+    return max(16, rows // 64)
+
+
+class GraphPool:
+    """Memory and stream of graphs that run one after the other."""
+
+    def __init__(self, device: torch.device):
+        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def capture(self, compute: Callable[[], Captured]) -> tuple[torch.cuda.CUDAGraph, Captured]:
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            # Not by `torch.cuda.graph`, which empties the allocator's cache. Another runner of this process may be at
+            # work in its own thread.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                given = compute()
+            finally:
+                graph.capture_end()
+        return graph, given
 
 
 class PromptBuffers:
-    """Where steps of R rows find their inputs, the same memory for every step."""
+    """Where steps of R rows find their inputs, the same memory for every step. `pool`: for a graph; None: there is
+    none."""
 
-    def __init__(self, rows: int, cache: SequenceCache, shared: Shared, step: StepRows | None):
-        self.rows, self.step, self._cache, self._shared = rows, step, cache, shared
+    def __init__(
+        self, rows: int, cache: SequenceCache, device: torch.device, pool: GraphPool | None, step: StepRows | None
+    ):
+        self.rows, self.step, self._cache, self._pool = rows, step, cache, pool
         self._answers, self._prompts = min(rows, cache.slots), most_prompts(rows)
         whole, places = pack(self._lists([]))
-        self._flat = whole.to(shared.device)
+        self._flat = whole.to(device)
         token_ids, *described = (self._flat[place] for place in places)
-        longest = min(rows, cache.settings.chunk)
-        self._batch = Batch(token_ids, Rows.over(described, self._answers, longest, in_graph=True), token_ids[:0], step)
+        self._batch = Batch(token_ids, Rows.over(described, self._answers, in_graph=True), token_ids[:0], step)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._hidden = token_ids  # of the graph
 
@@ -51,16 +91,16 @@ class PromptBuffers:
             self._graph.replay()
             return self._hidden
         hidden = model.forward(self._batch, self._cache)
-        if self._shared.graphs:  # which computes nothing now: states must not go on twice
-            self._graph, captured = self._shared.capture(lambda: model.forward(self._batch, self._cache))
+        if self._pool is not None:  # which computes nothing now: states must not go on twice
+            self._graph, captured = self._pool.capture(lambda: model.forward(self._batch, self._cache))
             self._hidden = alias(captured)
         return hidden
 
     def _lists(self, pieces: Sequence[Piece]) -> list[list[int]]:
-        """Token ids, and the rows' tensors."""
+        """Token ids, and the tensors of Rows."""
         ordered = [pieces[index] for index in in_order(pieces)[0]]
         answers = sum(len(piece.token_ids) == 1 for piece in ordered)
-        filling = _filling(self.rows - sum(len(piece.token_ids) for piece in ordered), self._cache)
+        filling = self._filling(self.rows - sum(len(piece.token_ids) for piece in ordered))
         prompts = [*ordered[answers:], *filling]
         nobody = Piece(self._cache.spare_slot, 0, ())
         every = [
@@ -71,34 +111,44 @@ class PromptBuffers:
         described = [(piece.slot, piece.start, len(piece.token_ids)) for piece in every]
         return [ids, *row_lists(described, self._answers, [piece.line for piece in every])]
 
+    def _filling(self, rows: int) -> list[Piece]:
+        most = self._cache.most_rows
+        return [Piece(self._cache.spare_slot, 0, [0] * min(most, rows - first)) for first in range(0, rows, most)]
+
 
 class PromptBuffersBySize:
     """Of each number of rows, made when a step first needs them. `lines`: as in StepBuffers.new."""
 
-    def __init__(self, sizes: Sequence[int], cache: SequenceCache, shared: Shared, *, lines: int | None):
-        self.sizes, self._cache, self._shared, self._lines = list(sizes), cache, shared, lines
+    def __init__(
+        self, sizes: Sequence[int], cache: SequenceCache, device: torch.device, *, graphs: bool, lines: int | None
+    ):
+        self.sizes, self._cache, self._device, self._lines = list(sizes), cache, device, lines
+        self._pool = GraphPool(device) if graphs else None
         self._buffers: dict[int, PromptBuffers] = {}
 
-    def of(self, pieces: Sequence[Piece]) -> PromptBuffers | None:
-        """The smallest that have room for all of them; None if there are none."""
-        rows = sum(len(piece.token_ids) for piece in pieces)
-        prompts = sum(len(piece.token_ids) > 1 for piece in pieces)
+    def of(self, rows: Sequence[int], prompts: Sequence[int]) -> PromptBuffers | None:
+        """The smallest that have room for so many rows and prompts of each rank; None if there are none."""
         for size in self.sizes:
-            if size >= rows and prompts + len(_filling(size - rows, self._cache)) <= most_prompts(size):
+            if all(self._fits(size, *pair) for pair in zip(rows, prompts, strict=True)):
                 if size not in self._buffers:
-                    self._buffers[size] = PromptBuffers(
-                        size, self._cache, self._shared, StepRows.new(size, self._lines, self._shared.device)
-                    )
+                    step = StepRows.new(size, self._lines, self._device)
+                    self._buffers[size] = PromptBuffers(size, self._cache, self._device, self._pool, step)
                 return self._buffers[size]
         return None
 
+    def _fits(self, size: int, rows: int, prompts: int) -> bool:
+        fillers = -(-(size - rows) // self._cache.most_rows)
+        return rows <= size and prompts + fillers <= most_prompts(size)
 
-def most_prompts(rows: int) -> int:
-    """That there is room for. What a prompt lacks in rows it costs in programs that leave at once."""
-    return max(16, rows // 32)
+
+def alias(x: Tensor) -> Tensor:
+    """The same memory, which this does not keep: graphs own theirs together."""
+    assert x.is_contiguous() and x.dtype == torch.bfloat16
+    return torch.as_tensor(_Memory(x), device=x.device).view(torch.bfloat16).view(x.shape)
 
 
-def _filling(rows: int, cache: SequenceCache) -> list[Piece]:
-    """Prompts of the spare slot, none longer than the cache takes."""
-    most = min(cache.settings.chunk, cache.settings.max_seq_len)
-    return [Piece(cache.spare_slot, 0, [0] * min(most, rows - first)) for first in range(0, rows, most)]
+class _Memory:
+    def __init__(self, x: Tensor):
+        self.__cuda_array_interface__ = {
+            "shape": (x.numel(),), "typestr": "<i2", "data": (x.data_ptr(), False), "version": 3,
+        }  # fmt: skip

@@ -55,7 +55,7 @@ class StepBuffers:
         none = torch.full_like(slot, -1)
         return cls(
             flat,
-            Rows(position, slot, slot, every, length, none, none[:0], decodes=rows, longest=1),
+            Rows(position, slot, slot, every, length, none, none[:0], decodes=rows),
             SamplingRows(temperature, top_k, top_p, min_p, uniform),
             StepRows.new(rows, lines, device),
         )

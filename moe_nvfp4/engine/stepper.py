@@ -11,7 +11,6 @@ sequences of its own, every rank brings as many rows, padding included, and lear
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ from moe_nvfp4.cache import SequenceCache
 from moe_nvfp4.determinism import Determinism
 from moe_nvfp4.engine.compile_ahead import compile_ahead
 from moe_nvfp4.engine.penalties import Penalties
-from moe_nvfp4.engine.prompt_buffers import MOST_ROWS, PromptBuffers, PromptBuffersBySize
+from moe_nvfp4.engine.prompt_buffers import PromptBuffers, PromptBuffersBySize, row_buckets
 from moe_nvfp4.engine.step_buffers import DecodeRow, StepBuffers
 from moe_nvfp4.grammar import TokenMasks
 from moe_nvfp4.kernels.rows import upload
@@ -31,7 +30,6 @@ from moe_nvfp4.kernels.sample import Logprobs, Sampled, SamplingRows, logprobs, 
 from moe_nvfp4.models import Model
 from moe_nvfp4.parallel import ALONE, Ranks
 from moe_nvfp4.routing.dispatch import StepRows
-from moe_nvfp4.row_graphs import RowGraphsBySize, Shared, row_buckets
 from moe_nvfp4.sampling import Sampler, SamplingParams, sampling_rows
 
 
@@ -40,6 +38,7 @@ class WholeStep(NamedTuple):
 
     sequences: tuple[int, ...]  # of each rank
     tokens: tuple[int, ...]  # rows of each rank
+    prompts: tuple[int, ...]  # sequences of each rank with more rows than one
     places: tuple[tuple[int, int], ...]  # where each result lies: rank, and index among that rank's sequences
     changed: bool  # whether logits of any sequence are changed before its token is chosen
 
@@ -91,12 +90,8 @@ class Stepper:
         self.last_tokens = torch.zeros(cache.slots + 1, dtype=torch.int32, device=device)
         self._buffers: dict[int, StepBuffers] = {}
         lines = self._lines if self._tells_rows else None
-        sizes, shared = row_buckets(fill_rows), Shared(fill_rows, device, graphs)
-        # Ranks fill their rows up alike, which numbers of prompts could undo.
-        small = [] if ranks.size > 1 else [size for size in sizes if size <= MOST_ROWS]
-        self._prompt_buffers = PromptBuffersBySize(small, cache, shared, lines=lines)
-        self._row_graphs = RowGraphsBySize(sizes[len(small) :], shared, lines=lines)
-        self.sizes = sizes  # to which steps with prompts are filled up
+        self.sizes = row_buckets(fill_rows)  # to which steps with prompts are filled up
+        self._prompt_buffers = PromptBuffersBySize(self.sizes, cache, device, graphs=graphs, lines=lines)
         if graphs:
             self._capture_all(verbose)
 
@@ -178,23 +173,18 @@ class Stepper:
         return self._results(sampled, logits, top_logprobs, count, whole)
 
     def _batch(self, pieces: Sequence[Piece], whole: WholeStep | None) -> tuple[Batch, PromptBuffers | None]:
-        alike = (sum(len(piece.token_ids) for piece in pieces),) * self._lines
-        rows = alike if whole is None else whole.tokens  # of each rank
-        buffers = self._prompt_buffers.of(pieces)
-        if buffers is not None:
-            if buffers.step is not None:
-                self._step_rows(rows, buffers.step)
-            return buffers.fill(pieces), buffers
-        graphs = self._row_graphs.of(max(rows))
-        step = self._step_rows(rows, None if graphs is None else graphs.step) if self._tells_rows else None
-        return Batch.of(pieces, self.device, step, graphs), None
-
-    def _step_rows(self, rows: Sequence[int], step: StepRows | None) -> StepRows:
-        (live_G,) = upload([rows], self.device)
-        if step is None:
-            return StepRows(max(rows), live_G)
-        step.live_G.copy_(live_G)
-        return step
+        if whole is None:
+            counts = [len(piece.token_ids) for piece in pieces]
+            rows, prompts = (sum(counts),) * self._lines, (sum(count > 1 for count in counts),) * self._lines
+        else:
+            rows, prompts = whole.tokens, whole.prompts
+        buffers = self._prompt_buffers.of(rows, prompts)
+        (live_G,) = upload([rows], self.device) if self._tells_rows else (None,)
+        if buffers is None:
+            return Batch.of(pieces, self.device, None if live_G is None else StepRows(max(rows), live_G)), None
+        if live_G is not None and buffers.step is not None:
+            buffers.step.live_G.copy_(live_G)
+        return buffers.fill(pieces), buffers
 
     def _share(self, sampled: Sampled, size: int) -> Sampled:
         """[lines, size] of what all ranks go on with."""
@@ -260,7 +250,7 @@ class Stepper:
 
     def compile_mixed(self, steps: Sequence[Sequence[Piece]], rows_at_once: int) -> None:
         """What steps of these pieces will launch."""
-        self._compile([replace(self._batch(pieces, None)[0], row_graphs=None) for pieces in steps], rows_at_once)
+        self._compile([self._batch(pieces, None)[0] for pieces in steps], rows_at_once)
 
     def _compile(self, batches: Sequence[Batch], rows_at_once: int) -> None:
         """Where it can be done ahead; see compile_ahead."""

@@ -1,7 +1,7 @@
 """Steps of prompts of every size, once, so that no request has to wait until what serves its size is there.
 
-Which kernels serve a step depends on its number of rows, and each number has graphs (see row_graphs.py and
-prompt_buffers.py); the decode graphs have compiled those of decode steps. Everything goes to the cache's spare slot.
+Which kernels serve a step depends on its number of rows, and each number has a graph (see prompt_buffers.py); the
+decode graphs have compiled those of decode steps. Everything goes to the cache's spare slot.
 """
 
 import sys
@@ -44,7 +44,7 @@ def spare_pieces(cache: SequenceCache, rows: int) -> list[Piece]:
     prompt has more than the cache takes in a step."""
     counts, left = [1] * min(rows // 3, cache.slots), rows - min(rows // 3, cache.slots)
     while left:
-        counts.append(min(left, cache.settings.chunk, cache.settings.max_seq_len))
+        counts.append(min(left, cache.most_rows))
         left -= counts[-1]
     return [Piece(cache.spare_slot, 0, [0] * count) for count in counts]
 
@@ -55,7 +55,8 @@ def _step(stepper: Stepper, rows: int, params: SamplingParams) -> None:
     if stepper.ranks.splits_rows:
         size = stepper.ranks.size
         places = tuple((rank, index) for rank in range(size) for index in range(len(pieces)))
-        whole = WholeStep((len(pieces),) * size, (rows,) * size, places, False)
+        prompts = sum(len(piece.token_ids) > 1 for piece in pieces)
+        whole = WholeStep((len(pieces),) * size, (rows,) * size, (prompts,) * size, places, False)
     stepper.mixed(pieces, [Sampler(params)] * len(pieces), whole=whole).wait()
     if stepper.device.type == "cuda":
         torch.cuda.synchronize(stepper.device)

@@ -6,7 +6,6 @@ their norm. Letters: T rows, H hidden, N heads, G key-value heads, D head size.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
@@ -204,29 +203,15 @@ class Gemma4:
     def run_layers(
         self, x_TH: torch.Tensor, layers: range, batch: Batch, cache: SequenceCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x_TH, (given,) = batch.each_row(layers.start, partial(self._first, layers), x_TH)
-        for index in layers:
-            heads_TV = self.layers[index].attention.forward(given, cache.kv[index], batch.rows)
-            after = partial(self._after_attention, layers, index, batch.step)
-            x_TH, (given,) = batch.each_row(index + 1, after, x_TH, heads_TV)
-        return x_TH, given
-
-    def _first(self, layers: range, x_TH: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         x_TH, (normed_TH,) = residual_norms(x_TH, [], [self._norm_before(layers.start)])
-        return x_TH, [self._projected(layers, layers.start, normed_TH)]
-
-    def _after_attention(
-        self, layers: range, index: int, step: StepRows | None, x_TH: torch.Tensor, heads_TV: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        x_TH, normed_TH = self.layers[index].after_attention(x_TH, heads_TV, self._norm_before(index + 1), step)
-        return x_TH, [self._projected(layers, index + 1, normed_TH)]
+        for index in layers:
+            layer = self.layers[index]
+            heads_TV = layer.attention.forward(linear(normed_TH, layer.attention.qkv), cache.kv[index], batch.rows)
+            x_TH, normed_TH = layer.after_attention(x_TH, heads_TV, self._norm_before(index + 1), batch.step)
+        return x_TH, normed_TH
 
     def _norm_before(self, index: int) -> Norm:
         return self.layers[index].input_norm if index < self.num_layers else self.norm
-
-    def _projected(self, layers: range, index: int, normed_TH: torch.Tensor) -> torch.Tensor:
-        """What a layer's attention takes; after the last of `layers` there is none."""
-        return linear(normed_TH, self.layers[index].attention.qkv) if index in layers else normed_TH
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = linear(hidden, self.head)

@@ -5,7 +5,6 @@ Text only. Letters: T rows, H hidden, N heads, G key-value heads, D head size.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
@@ -227,23 +226,16 @@ class Qwen35Moe:
     def run_layers(
         self, x_TH: torch.Tensor, layers: range, batch: Batch, cache: SequenceCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x_TH, given = batch.each_row(layers.start, partial(self._into, layers, layers.start), x_TH)
+        x_TH, given = self._into(layers, layers.start, x_TH)
         for index in layers:
-            mixer = self.layers[index].mixer
+            layer, mixer = self.layers[index], self.layers[index].mixer
             if isinstance(mixer, Attention):
                 heads_TV = mixer.forward(given, cache.kv[index], batch.rows, self.inv_freq, self.config)
             else:
                 heads_TV = mixer.forward(given, cache.states[index], batch.rows, self.config)
-            after = partial(self._after_mixer, layers, index, batch.step)
-            x_TH, given = batch.each_row(index + 1, after, x_TH, heads_TV)
+            x_TH, (normed_TH,) = residual_norms(x_TH, [(linear(heads_TV, mixer.out), None)], [layer.mlp_norm])
+            x_TH, given = self._into(layers, index + 1, x_TH, layer.moe.forward(normed_TH, batch.step))
         return x_TH, given[0]
-
-    def _after_mixer(
-        self, layers: range, index: int, step: StepRows | None, x_TH: torch.Tensor, heads_TV: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        layer = self.layers[index]
-        x_TH, (normed_TH,) = residual_norms(x_TH, [(linear(heads_TV, layer.mixer.out), None)], [layer.mlp_norm])
-        return self._into(layers, index + 1, x_TH, layer.moe.forward(normed_TH, step))
 
     def _into(
         self, layers: range, index: int, x_TH: torch.Tensor, y_TH: torch.Tensor | None = None

@@ -5,7 +5,6 @@ Letters: T rows, H hidden, N heads, G key-value heads, D head size.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
@@ -161,22 +160,15 @@ class Qwen3Moe:
     def run_layers(
         self, x_TH: torch.Tensor, layers: range, batch: Batch, cache: SequenceCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x_TH, (given,) = batch.each_row(layers.start, partial(self._into, layers, layers.start), x_TH)
+        x_TH, (given,) = self._into(layers, layers.start, x_TH)
         for index in layers:
-            attention = self.layers[index].attention
-            heads_TV = attention.forward(given, cache.kv[index], batch.rows, self.inv_freq, self.config)
-            after = partial(self._after_attention, layers, index, batch.step)
-            x_TH, (given,) = batch.each_row(index + 1, after, x_TH, heads_TV)
+            layer = self.layers[index]
+            heads_TV = layer.attention.forward(given, cache.kv[index], batch.rows, self.inv_freq, self.config)
+            x_TH, (normed_TH,) = residual_norms(x_TH, [(linear(heads_TV, layer.attention.o), None)], [layer.mlp_norm])
+            mlp = layer.mlp
+            y_TH = mlp.forward(normed_TH, batch.step) if isinstance(mlp, MoE) else mlp.forward(normed_TH)
+            x_TH, (given,) = self._into(layers, index + 1, x_TH, y_TH)
         return x_TH, given
-
-    def _after_attention(
-        self, layers: range, index: int, step: StepRows | None, x_TH: torch.Tensor, heads_TV: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        layer = self.layers[index]
-        x_TH, (normed_TH,) = residual_norms(x_TH, [(linear(heads_TV, layer.attention.o), None)], [layer.mlp_norm])
-        mlp = layer.mlp
-        y_TH = mlp.forward(normed_TH, step) if isinstance(mlp, MoE) else mlp.forward(normed_TH)
-        return self._into(layers, index + 1, x_TH, y_TH)
 
     def _into(
         self, layers: range, index: int, x_TH: torch.Tensor, y_TH: torch.Tensor | None = None

@@ -3,18 +3,19 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from model_checks import cache_settings, every_expert_chosen, runner_of, tiny_model, token_ids
 
+from moe_nvfp4 import expert_loads
 from moe_nvfp4.batch import Piece
 from moe_nvfp4.cache import SequenceCache
-from moe_nvfp4.engine.prompt_buffers import PromptBuffersBySize, most_prompts
+from moe_nvfp4.engine.prompt_buffers import PromptBuffers, PromptBuffersBySize, most_prompts, row_buckets
 from moe_nvfp4.engine.step_buffers import DecodeRow
 from moe_nvfp4.engine.stepper import Stepper
 from moe_nvfp4.kernels.nvfp4 import relative_error
-from moe_nvfp4.row_graphs import Shared
 from moe_nvfp4.runner import MoERunner
 from moe_nvfp4.sampling import Sampler, SamplingParams
 
@@ -92,12 +93,25 @@ def run(stepper: Stepper, runner: MoERunner) -> tuple[list[list[int]], torch.Ten
     return tokens, torch.tensor(peaks)
 
 
+def buffers_of(stepper: Stepper, pieces: list[Piece]) -> PromptBuffers | None:
+    return stepper._batch([piece if piece.token_ids else piece._replace(token_ids=(0,)) for piece in pieces], None)[1]
+
+
+@pytest.mark.parametrize("most", [1, 32, 33, 100, 512, 4096, 4608])
+def test_no_step_is_filled_up_by_much(most: int) -> None:
+    sizes = row_buckets(most)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == max(most, 32) and len(sizes) <= 25
+    for rows in range(1, most + 1):
+        size = next(size for size in sizes if size >= rows)
+        assert size - rows < 32 or size - rows < size / 5
+
+
 def test_room_for_more_changes_nothing(runner: MoERunner) -> None:
     """Neither rows that fill up nor sequences that are not there, nor what an earlier step left in the buffers."""
     plain, (_, peaks) = stepper_of(runner, fill_rows=0), run(stepper_of(runner, fill_rows=0), runner)
     roomy = stepper_of(runner, fill_rows=256)
     assert plain.sizes == [] and roomy.sizes[:3] == [32, 64, 96]
-    assert all(roomy._prompt_buffers.of(pieces) is not None for pieces in steps(runner))
+    assert all(buffers_of(roomy, pieces) is not None for pieces in steps(runner))
     tokens, actual = run(roomy, runner)
     assert tokens == run(plain, runner)[0]
     assert relative_error(actual, peaks) < 1e-5
@@ -130,22 +144,23 @@ def test_a_line_for_states_is_found_at_its_piece(runner: MoERunner) -> None:
 
 def test_many_prompts_take_a_larger_size_or_none(runner: MoERunner) -> None:
     cache = SequenceCache(runner.config.cache_spec, cache_settings(runner, slots=SLOTS), runner.device)
-    by_size = PromptBuffersBySize([64, 512, 1024], cache, Shared(0, runner.device, False), lines=None)
+    by_size = PromptBuffersBySize([64, 512, 2048], cache, runner.device, graphs=False, lines=None)
 
-    def size(prompts: int) -> int | None:
-        buffers = by_size.of([Piece(slot, 0, (1, 2)) for slot in range(prompts)])
+    def size(*prompts: int) -> int | None:
+        buffers = by_size.of([2 * count for count in prompts], prompts)
         return None if buffers is None else buffers.rows
 
-    assert [most_prompts(rows) for rows in (32, 512, 1024)] == [16, 16, 32]
-    # What fills up is a prompt too, or four where a sequence has at most 256 rows.
-    assert [size(prompts) for prompts in (1, 15, 16, 28, 29)] == [64, 64, 1024, 1024, None]
+    assert [most_prompts(rows) for rows in (64, 512, 2048)] == [16, 16, 32]
+    # What fills up is a prompt too, or eight where a sequence has at most 256 rows.
+    assert [size(prompts) for prompts in (0, 1, 15, 16, 24, 25)] == [64, 64, 64, 2048, 2048, None]
+    assert size(1, 16) == size(16, 0) == 2048, "the ranks of a group take the same"
 
 
 def test_fillers_are_no_longer_than_a_sequence(runner: MoERunner) -> None:
     settings = replace(cache_settings(runner, slots=SLOTS), max_seq_len=16)
     cache = SequenceCache(runner.config.cache_spec, settings, runner.device)
-    by_size = PromptBuffersBySize([32, 64], cache, Shared(0, runner.device, False), lines=None)
-    buffers = by_size.of([Piece(0, 0, [1] * 16), Piece(1, 0, [1] * 17)])
+    by_size = PromptBuffersBySize([32, 64], cache, runner.device, graphs=False, lines=None)
+    buffers = by_size.of([33], [2])
     assert buffers is not None and buffers.rows == 64
     rows = buffers.fill([Piece(0, 0, [1] * 16), Piece(1, 0, [1] * 17)]).rows
     assert int(rows.positions.max()) == 16 and rows.prefills().lengths.tolist() == [16, 17, 16, 15, *[0] * 12]
@@ -165,5 +180,19 @@ def _check_on_gpu(runner: MoERunner) -> None:
     for _ in range(3):  # the first time graphs are captured
         again, same = run(stepper, runner)
         assert again == tokens and torch.equal(same, peaks)
-    sizes = {stepper._prompt_buffers.of(pieces) for pieces in steps(runner)}
-    assert None not in sizes and all(buffers._graph is not None for buffers in sizes)
+    for pieces in steps(runner):
+        buffers = buffers_of(stepper, pieces)
+        assert buffers is not None and buffers._graph is not None
+
+
+@pytest.mark.gpu
+def test_rows_of_steps_that_capture_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_loads, "READ_EVERY", 0.0)
+    folder = tiny_model("nvidia/Qwen3-30B-A3B-NVFP4", tmp_path / "model")
+    settings = {"device": "cuda", "dtype": "bfloat16", "count_experts": True, "prefix_reuse": False}
+    with runner_of(folder, **settings) as runner:
+        assert runner.expert_loads is not None
+        for count in (1, 2):  # the second finds its graph
+            runner.generate(list(range(40)), SamplingParams(max_new_tokens=3, ignore_eos=True))
+            computed = count * (40 + 2) * runner.config.experts_per_token
+            assert {sum(rows) for rows in runner.expert_loads.rows().values()} == {computed}

@@ -16,14 +16,14 @@ def test_of() -> None:
     assert rows.starts.tolist() == [0, 1, 2, 4, 7]
     assert rows.lengths.tolist() == [10, 1, 5, 3]
     assert rows.lines.tolist() == [-1] * 4
-    assert (rows.decodes, rows.longest) == (2, 3)
+    assert rows.decodes == 2
     assert {x.dtype for x in rows if isinstance(x, torch.Tensor)} == {torch.int32}
 
 
 def test_prefills() -> None:
     rows = Rows.of([(4, 9, 1), (2, 3, 2), (1, 0, 3)], lines=[-1, 7, -1]).prefills()
     assert (rows.slots.tolist(), rows.lengths.tolist(), rows.starts.tolist()) == ([2, 1], [5, 3], [1, 3, 6])
-    assert (rows.decodes, rows.longest, rows.lines.tolist()) == (0, 3, [7, -1])
+    assert (rows.decodes, rows.lines.tolist()) == (0, [7, -1])
 
 
 def test_one_row_first() -> None:
@@ -33,7 +33,7 @@ def test_one_row_first() -> None:
 
 def test_none() -> None:
     rows = Rows.of([])
-    assert (rows.starts.tolist(), rows.decodes, rows.longest, rows.positions.numel()) == ([0], 0, 0, 0)
+    assert (rows.starts.tolist(), rows.decodes, rows.positions.numel()) == ([0], 0, 0)
 
 
 def test_chunks_have_places_of_their_own() -> None:
