@@ -1,9 +1,9 @@
 """The scheduler against a clock that is a model: `moe-nvfp4 bench schedule`. No GPU and no torch.
 
 A decode step takes what one H200 took for Qwen3.6-35B-A3B (benchmarks/results/decode-qwen3.6-35b-h200.json). Prompts
-add what engine/cost.py says, all experts are read, and each row takes its time; beside answers at least what the host
-takes longer to launch such a step, from times between tokens of a server. As in the engine's loop a step is planned
-before the tokens of the one before it have arrived.
+add what engine/cost.py says, all experts are read, and each row takes its time; beside answers there is something more
+for each such step (`bench steps`). As in the engine's loop a step is planned before the tokens of the one before it
+have arrived.
 """
 
 import heapq
@@ -34,7 +34,7 @@ DECODE_MS: Final = (
     (128, 11.6),
     (256, 16.6),
 )
-MIXED_MS: Final = 11.0  # with it, 24 and 37 chats a second see what was measured: 11 and 17 ms between tokens
+MIXED_MS: Final = 3.0  # 128 answers take 11.6 ms, with a prompt of 128 tokens 15.7, of 384 19.2, of 896 24.5
 DEPTH: Final = 2  # steps in flight
 QUANTILES: Final = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.995, 0.999, 1.0)
 RESOLUTION: Final = 100  # bins of a distribution for each factor of e: 1 %
@@ -71,7 +71,7 @@ def step_seconds(step: Step) -> float:
     milliseconds = _decode_ms(len(decodes)) + USUAL.decode_context * sum(part.start for part in decodes)
     if prompts:
         more = USUAL.untouched(len(decodes)) + sum(USUAL.prompt(part.start, part.count) for part in prompts)
-        milliseconds += max(more, MIXED_MS) if decodes else more
+        milliseconds += more + (MIXED_MS if decodes else 0.0)
     return milliseconds / 1e3
 
 
@@ -207,7 +207,7 @@ class Simulation:
                 self.first_token.add(1e3 * (self.now - client.request.arrival))
             client.tokens, client.last_token = client.tokens + 1, self.now
             self.totals["tokens"] += 1
-            if client.tokens >= client.request.new_tokens or (answer.ends_by_length and not answer.in_flight):
+            if client.tokens >= client.request.new_tokens or (answer.ends_at(answer.length) and not answer.in_flight):
                 assert len(answer.tokens) == answer.prompt_length + client.tokens, "a token was lost, or came twice"
                 self._end(scheduler, client, "answered")
 

@@ -187,7 +187,7 @@ class Server:
     def turn(self) -> bool:
         """One turn of the loop. False: there was nothing to do."""
         before = list(self.scheduler.running)
-        decoding = [s for s in before if s.computed + 1 == s.length and not s.ends_by_length]
+        decoding = [s for s in before if s.computed + 1 == s.length and not s.ends_at(s.length)]
         step = self.scheduler.plan()
         self._check_order(before)
         planned = set() if step is None else {id(rows.sequence) for rows in step.rows}

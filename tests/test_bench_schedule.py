@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_nvfp4.engine.cost import USUAL
 from moe_nvfp4.engine.scheduler import Rows, Sequence, Step
 from moe_nvfp4.launch import cli
-from moe_nvfp4.launch.bench_schedule import MIXED_MS, TRACES, Distribution, Simulation, step_seconds
+from moe_nvfp4.launch.bench_schedule import TRACES, Distribution, Simulation, step_seconds
 from moe_nvfp4.launch.schedule_traces import scene
 
 
@@ -53,10 +52,9 @@ def test_the_model_of_step_times() -> None:
     assert step_seconds(Step((rows(1, continues=True),) * 96)) == pytest.approx((7.86 + 11.6) / 2e3)
     prefill = step_seconds(Step((rows(2048, continues=False),) * 2))
     assert 4096 / prefill == pytest.approx(69_200, rel=0.01), "prompts of 2048 tokens in steps of 4096"
-    mixed = Step((rows(1, continues=True),) * 64 + (rows(3500, continues=False),))
-    chat = Step((rows(1, continues=True),) * 64 + (rows(100, continues=False),))
-    assert step_seconds(chat) == pytest.approx((7.86 + MIXED_MS) / 1e3)
-    assert step_seconds(mixed) == pytest.approx((7.86 + 3500 * USUAL.prompt_row) / 1e3, rel=0.1)
+    for prompts, prompt, measured in ((1, 128, 15.7), (1, 384, 19.2), (2, 448, 24.5), (4, 480, 35.7), (8, 496, 58.5)):
+        mixed = Step((rows(1, continues=True),) * 128 + (rows(prompt, continues=False),) * prompts)
+        assert step_seconds(mixed) == pytest.approx(measured / 1e3, rel=0.1)
 
 
 @pytest.mark.parametrize("trace", TRACES)

@@ -18,12 +18,6 @@ if TYPE_CHECKING:
 SNAPSHOT_PAGES: Final = 4  # a shorter prefix is computed again faster than its states are copied
 
 
-def takes_one_row(sequence: "Sequence", limits: "Limits") -> bool:
-    """Whether the next piece is one row, of which it is certain."""
-    left = sequence.length - sequence.computed
-    return left == 1 or (left > 1 and is_recomputed(sequence, sequence.computed, limits))
-
-
 def next_rows(sequence: "Sequence", budget: PromptBudget, limits: "Limits", memory: SequenceMemory) -> int:
     """Rows of the next piece of a prompt, or of an answer that is computed again in pieces; 0 where the step has no
     room."""

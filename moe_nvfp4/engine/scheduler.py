@@ -26,9 +26,8 @@ from moe_nvfp4.engine.sequence_memory import Memory, SequenceMemory, TableChange
 # How much longer a step of answers may take for the prompts beside it. With 2.25 the 99th percentile between tokens is
 # 3.0 times the median on the adversarial trace of `bench schedule`, and 5.2 uncut.
 STRETCH: Final = 2.25
-# Steps after one with prompts in which none begins beside answers. There a prompt costs some 11 ms however short it is,
-# so those that come meanwhile share a step. Simulated, 256 places: 48 chats a second get 9,850 tok/s without rest and
-# 10,970 with it, and 99 of 100 their first token within 1.4 s, not 5.2; at 24 a second it is 94 ms, not 63.
+# Steps after one with prompts in which none begins beside answers, so that those that come meanwhile share one. On an
+# H200 48 chats a second, more than it can serve, get 10,966 tok/s so, and 10,489 with prompts in every step.
 REST: Final = 4
 
 
@@ -89,13 +88,12 @@ class Sequence:
     def order(self) -> tuple[int, int]:
         return self.priority, self.ident
 
-    @property
-    def ends_by_length(self) -> bool:
-        """Whether no further token may follow those that are on their way."""
-        return self.length - self.prompt_length >= self.max_new_tokens or self.length >= self.max_length
+    def ends_at(self, length: int) -> bool:
+        """Whether no further token may follow so many."""
+        return length - self.prompt_length >= self.max_new_tokens or length >= self.max_length
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # to build a frozen one takes three times as long, and there is one for each token
 class Rows:
     """Tokens `start` to `start + count` of a sequence. `samples`: the last of them gives a new token."""
 
@@ -198,23 +196,26 @@ class Scheduler:
         """The next step, or None when there is nothing to compute now. What it gives is to be launched. `begins`:
         whether prompts may begin, if others have a say in it."""
         planned: list[Rows] = []
+        limits, ready, answers, context = self.limits, [], 0, 0
+        for sequence in self.running:
+            length, computed = sequence.length, sequence.computed
+            if length == computed or sequence.ends_at(length):
+                continue
+            if one_row := length - computed == 1 or chunks.is_recomputed(sequence, computed, limits):
+                answers += 1
+                context += computed
+            if not (sequence.stepwise and sequence.in_flight):  # it waits for its last token to arrive
+                ready.append((sequence, one_row))
         # Those that hold a slot and do not answer yet leave at least one row to prompts.
-        limits = self.limits
-        answering = [s for s in self.running if chunks.takes_one_row(s, limits) and not s.ends_by_length]
-        context = sum(sequence.computed for sequence in answering)
-        budget = PromptBudget(limits.most_rows - len(answering), limits.cost, limits.sizes, len(answering))
-        budget.beside(len(answering), context, limits.stretch)
+        budget = PromptBudget(limits.most_rows - answers, limits.cost, limits.sizes, answers)
+        budget.beside(answers, context, limits.stretch)
         begins = self.wants_prompts() if begins is None else begins
-        for sequence in tuple(self.running):
-            left = sequence.length - sequence.computed
-            # A sequence may have given its place up to one before it, or wait for its last token to arrive.
-            if sequence.slot < 0 or left == 0 or sequence.ends_by_length:
+        for sequence, one_row in ready:
+            if sequence.slot < 0:  # it has given its place up to one before it
                 continue
-            if sequence.stepwise and sequence.in_flight:
-                continue
-            if chunks.takes_one_row(sequence, limits):
+            if one_row:
                 if self._grow(sequence, 1):
-                    planned.append(self._rows(sequence, 1))
+                    planned.append(self._next_row(sequence) if sequence.answering else self._rows(sequence, 1))
             elif (count := chunks.next_rows(sequence, budget, limits, self.memory)) and self._grow(sequence, count):
                 planned.append(rows := self._rows(sequence, count))
                 budget.spend(rows.start, rows.count)
@@ -242,12 +243,9 @@ class Scheduler:
             return True
         if self.waiting and (not self.running or self.rested >= self.limits.rest):
             return True
-        missing = 0 if self.limits.cost is None else self.limits.cost.least_prompt_rows
-        for sequence in self.waiting[: len(self._free_slots)]:
-            missing -= sequence.length
-            if missing <= 0:
-                return True
-        return False
+        waiting, cost = self.waiting[: len(self._free_slots)], self.limits.cost
+        enough = 0 if cost is None else cost.least_prompt_rows
+        return bool(waiting) and sum(sequence.length for sequence in waiting) >= enough
 
     def took(self, rows: Rows, token: int) -> None:
         """The token that a row gave has arrived. Of an answer that is over, and of one that gave its pages up and
@@ -256,20 +254,26 @@ class Scheduler:
         assert rows.samples and sequence.in_flight > 0, f"sequence {sequence.ident} expects no token"
         sequence.in_flight -= 1
         sequence.tokens.append(token)
-        if sequence.memory is not None:
+        # A page is complete, or the states that an answer left at its end are there.
+        if sequence.memory is not None and len(sequence.tokens) % self.memory.page <= 1:
             self.memory.offer(sequence.memory, sequence.tokens, chunks.findable(sequence, self.limits))
+
+    def _next_row(self, sequence: Sequence) -> Rows:
+        """Of an answer: the token that its slot has given last."""
+        memory, start, line = sequence.memory, sequence.computed, None
+        assert memory is not None
+        sequence.computed = end = start + 1
+        if not end % self.memory.page:
+            self.memory.offer(memory, sequence.tokens, chunks.findable(sequence, self.limits))
+            if end >= SNAPSHOT_PAGES * self.memory.page and not self.limits.whole_chunks:
+                line = self.memory.snapshot_answer(memory, end)
+        changes = tuple(memory.take_changes()) if memory.changes else ()
+        return Rows(sequence, start, 1, True, True, snapshot=line, changes=changes)
 
     def _rows(self, sequence: Sequence, count: int, restore: int | None = None) -> Rows:
         memory, limits = sequence.memory, self.limits
         assert memory is not None
         start, sequence.computed = sequence.computed, sequence.computed + count
-        if sequence.answering:  # the usual row of a long answer
-            changes = tuple(memory.take_changes()) if memory.changes else ()
-            self.memory.offer(memory, sequence.tokens, chunks.findable(sequence, limits))
-            pages, rest = divmod(sequence.computed, self.memory.page)
-            keeps = not rest and pages >= SNAPSHOT_PAGES and not limits.whole_chunks
-            line = self.memory.snapshot_answer(memory, sequence.computed) if keeps else None
-            return Rows(sequence, start, 1, True, True, snapshot=line, changes=changes)
         snapshot, end, page = None, sequence.computed, self.memory.page
         place = chunks.inner_snapshot(sequence, start, end, limits, page)
         inner = self.memory.snapshot(memory, sequence.tokens, place) if place else None

@@ -123,7 +123,7 @@ class Stepper:
             buffers.graph.replay()
         else:
             self._run(buffers)
-        buffers.next_rows = [row._replace(position=row.position + 1) for row in rows]
+        buffers.next_rows = [DecodeRow(slot, position + 1, params) for slot, position, params in rows]
         assert buffers.sampled is not None and buffers.logits is not None
         sampled = buffers.sampled
         changed = masks is not None or any(row.params.changes_logits for row in rows)
