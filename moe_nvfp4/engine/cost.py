@@ -20,7 +20,7 @@ class StepCost:
     prompt_row: float
     decode_context: float  # a token that a decode row sees
     prompt_context: float  # a token that a prompt's row sees
-    least_prompt_rows: int  # beside answers; fewer take hardly less time, since the experts are read all the same
+    least_prompt_rows: int  # beside answers, whatever they wait for it: with fewer prompts would hardly get on
 
     def decodes(self, rows: int, context: int) -> float:
         """A step of next tokens, whose sequences have `context` tokens in all."""

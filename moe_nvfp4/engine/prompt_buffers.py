@@ -77,6 +77,7 @@ class PromptBuffers:
         self._batch = Batch(token_ids, Rows.over(described, self._answers, in_graph=True), token_ids[:0], step)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._hidden = token_ids  # of the graph
+        self._has_run = False
 
     def fill(self, pieces: Sequence[Piece]) -> Batch:
         """Overwrites the inputs, in the order of the stream."""
@@ -87,14 +88,15 @@ class PromptBuffers:
 
     def forward(self, model: Model) -> Tensor:
         """Hidden states [R, H], to be used before the next step."""
-        if self._graph is not None:
-            self._graph.replay()
-            return self._hidden
-        hidden = model.forward(self._batch, self._cache)
-        if self._pool is not None:  # which computes nothing now: states must not go on twice
+        if self._graph is None and (self._pool is None or not self._has_run):
+            self._has_run = True
+            return model.forward(self._batch, self._cache)
+        if self._graph is None:  # the second time: what is not needed again is not worth it
+            assert self._pool is not None
             self._graph, captured = self._pool.capture(lambda: model.forward(self._batch, self._cache))
             self._hidden = alias(captured)
-        return hidden
+        self._graph.replay()
+        return self._hidden
 
     def _lists(self, pieces: Sequence[Piece]) -> list[list[int]]:
         """Token ids, and the tensors of Rows."""

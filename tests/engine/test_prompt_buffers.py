@@ -177,7 +177,7 @@ def _check_on_gpu(runner: MoERunner) -> None:
     tokens, peaks = run(stepper_of(runner, fill_rows=256), runner)
     assert relative_error(peaks, exact) < 2e-2
     stepper = stepper_of(runner, fill_rows=256, graphs=True)
-    for _ in range(3):  # the first time graphs are captured
+    for _ in range(3):  # launches, capture, the graph
         again, same = run(stepper, runner)
         assert again == tokens and torch.equal(same, peaks)
     for pieces in steps(runner):
@@ -192,7 +192,7 @@ def test_rows_of_steps_that_capture_count_once(tmp_path: Path, monkeypatch: pyte
     settings = {"device": "cuda", "dtype": "bfloat16", "count_experts": True, "prefix_reuse": False}
     with runner_of(folder, **settings) as runner:
         assert runner.expert_loads is not None
-        for count in (1, 2):  # the second finds its graph
+        for count in (1, 2, 3):  # the second captures, the third finds its graph
             runner.generate(list(range(40)), SamplingParams(max_new_tokens=3, ignore_eos=True))
             computed = count * (40 + 2) * runner.config.experts_per_token
             assert {sum(rows) for rows in runner.expert_loads.rows().values()} == {computed}
