@@ -1,7 +1,7 @@
 """Steps with prompts as CUDA graphs, one for each of some numbers of rows.
 
 Launched one by one, the 900 kernels of such a step of Qwen3.6 take the host 62 ms, however few the rows; on that
-machine, an H200, 256 rows are computed in 12 and 4,096 in 58. A graph serves steps of any sequences: it has room for
+machine, an H200, 256 rows are computed in 12 and 4,096 in 56. A graph serves steps of any sequences: it has room for
 so many answers and so many prompts, each of any length, and sequences that a step lacks have no rows. Rows that fill it
 up are a prompt too, in the cache's spare slot, so that every row is one that was computed. Without graphs the same
 launches follow each other, so that both ways give the same bits.
