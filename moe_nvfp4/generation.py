@@ -129,8 +129,7 @@ class Answer:
         if self.matcher is not None and peak == -math.inf:
             raise RequestError(f"SamplingParams.{_kind(params)}: no token of this model's vocabulary fits here")
         check_peak(peak)
-        if self.matcher is not None:
-            self._follow(token_id)
+        self._follow(token_id)
         now = time.perf_counter() - self.started
         self.first_token = self.first_token or now
         self.new_ids.append(token_id)

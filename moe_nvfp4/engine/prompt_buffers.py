@@ -81,9 +81,10 @@ class PromptBuffers:
 
     def fill(self, pieces: Sequence[Piece]) -> Batch:
         """Overwrites the inputs, in the order of the stream."""
-        whole, _ = pack(self._lists(pieces))
+        order, ends = in_order(pieces)
+        whole, _ = pack(self._lists([pieces[index] for index in order]))
         self._flat.copy_(whole.pin_memory() if self._flat.is_cuda else whole, non_blocking=True)
-        (last_rows,) = upload([in_order(pieces)[1]], self._flat.device)
+        (last_rows,) = upload([ends], self._flat.device)
         return replace(self._batch, last_rows=last_rows)
 
     def forward(self, model: Model) -> Tensor:
@@ -98,9 +99,8 @@ class PromptBuffers:
         self._graph.replay()
         return self._hidden
 
-    def _lists(self, pieces: Sequence[Piece]) -> list[list[int]]:
+    def _lists(self, ordered: Sequence[Piece]) -> list[list[int]]:
         """Token ids, and the tensors of Rows."""
-        ordered = [pieces[index] for index in in_order(pieces)[0]]
         answers = sum(len(piece.token_ids) == 1 for piece in ordered)
         filling = self._filling(self.rows - sum(len(piece.token_ids) for piece in ordered))
         prompts = [*ordered[answers:], *filling]

@@ -1,4 +1,4 @@
-"""Steps of prompts of every size, once, so that no request has to wait until what serves its size is there.
+"""Steps of prompts of every size, ahead, so that no request has to wait until what serves its size is there.
 
 Which kernels serve a step depends on its number of rows, and each number has a graph (see prompt_buffers.py); the
 decode graphs have compiled those of decode steps. Everything goes to the cache's spare slot.
